@@ -1,0 +1,1 @@
+"""Images and videos in; knows nothing of models."""

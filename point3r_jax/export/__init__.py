@@ -1,0 +1,1 @@
+"""Results out: clouds, cameras, depth; knows nothing of models."""

@@ -1,0 +1,1 @@
+"""Networks only: no I/O, no loop over frames, no sharding."""
