@@ -1,0 +1,307 @@
+"""One averaged coloured point a voxel, in bounded memory."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+# A key packs three cell indices of 21 bits, each shifted to be non-negative.
+_BITS = 21
+_HALF = 1 << (_BITS - 1)  # Cells run from -_HALF to _HALF - 1 on each axis.
+_ONES = 1 | 1 << _BITS | 1 << 2 * _BITS  # The lowest bit of each index.
+_PARENT_BITS = _ONES * (_HALF - 1)  # All but the highest bit of each index.
+_PARENT_SHIFT = _ONES * (_HALF // 2)
+
+_AUTOMATIC_CELLS = 500
+
+_logger = logging.getLogger(__name__)
+
+
+def confidence_mask(confidence: np.ndarray, percentile: float) -> np.ndarray:
+  """Picks a frame's confident pixels.
+
+  Args:
+    confidence: (H, W) confidence of one frame.
+    percentile: Share of the frame's pixels to leave out, in percent: 0 keeps
+      all, 50 the better half.
+
+  Returns:
+    (H, W) bool, true where the confidence reaches the percentile. Equal
+    confidences are kept or left out together; NaN is kept only at 0.
+  """
+  if not 0 <= percentile <= 100:
+    raise ValueError(f"percentile must be in [0, 100], not {percentile}.")
+  if percentile == 0:
+    return np.ones(confidence.shape, bool)
+  numbers = confidence[~np.isnan(confidence)]
+  if not numbers.size:
+    return np.zeros(confidence.shape, bool)
+  # "higher" is a pixel's own value: no interpolation, so infinity is safe.
+  return confidence >= np.percentile(numbers, percentile, method="higher")
+
+
+def automatic_voxel_size(points: np.ndarray) -> float:
+  """Chooses a voxel size for a scene from one frame.
+
+  It is a 500th of the diagonal of the box between the 5th and 95th percentiles
+  of each coordinate. Where all points coincide, the largest coordinate takes
+  the diagonal's place; where they are all zero, 1 does.
+
+  Args:
+    points: (N, 3) finite points, N > 0.
+
+  Returns:
+    Edge length in the points' unit, > 0.
+  """
+  low, high = np.percentile(points.astype(np.float64), [5, 95], axis=0)
+  extent = np.linalg.norm(high - low) or np.abs(points).max() or 1.0
+  return float(extent) / _AUTOMATIC_CELLS
+
+
+class _Voxels(NamedTuple):
+  """Occupied voxels, by ascending key."""
+
+  key: np.ndarray  # (N,) int64, unique.
+  count: np.ndarray  # (N,) int64 points averaged.
+  means: list[np.ndarray]  # 6 of (N,) float32: x, y, z, red, green, blue.
+
+
+def _average(
+  key: np.ndarray,
+  channels: Sequence[np.ndarray],
+  count: np.ndarray | None = None,
+) -> _Voxels:
+  """Averages entries with equal keys, weighted by their counts.
+
+  Args:
+    key: (N,) int64 keys in any order, N > 0.
+    channels: 6 arrays (N,): position and colour.
+    count: (N,) points that each entry stands for; None for one each.
+
+  Returns:
+    A voxel for each distinct key.
+  """
+  # The stable kind profits from the ascending runs of keys in an image row.
+  order = np.argsort(key, kind="stable")
+  ordered = key[order]
+  first = np.diff(ordered, prepend=-1) != 0
+  group = np.empty(key.shape, np.int64)
+  group[order] = np.cumsum(first) - 1
+  total = np.bincount(group, count)
+  means = [
+    np.bincount(group, channel if count is None else channel * count) / total
+    for channel in channels
+  ]
+  return _Voxels(
+    ordered[first],
+    total.astype(np.int64),
+    [mean.astype(np.float32) for mean in means],
+  )
+
+
+def _fold(held: _Voxels, new: _Voxels) -> _Voxels:
+  """Joins two sets of voxels; may change the arrays of `held`."""
+  place = np.searchsorted(held.key, new.key)
+  met = held.key[np.minimum(place, len(held.key) - 1)] == new.key
+  here = place[met]
+  total = held.count[here] + new.count[met]
+  share = new.count[met] / total
+  held.count[here] = total
+  for mean, other in zip(held.means, new.means, strict=True):
+    old = mean[here]
+    mean[here] = old + share * (other[met] - old)
+  if met.all():
+    return held
+  missed = ~met
+  target = place[missed] + np.arange(np.count_nonzero(missed))
+  kept = np.ones(len(held.key) + len(target), bool)
+  kept[target] = False
+
+  def insert(old: np.ndarray, other: np.ndarray) -> np.ndarray:
+    joined = np.empty(kept.shape, old.dtype)
+    joined[kept] = old
+    joined[target] = other[missed]
+    return joined
+
+  # One array after the other, so that only one is held twice at a time.
+  for i in range(6):
+    held.means[i] = insert(held.means[i], new.means[i])
+  return _Voxels(
+    insert(held.key, new.key), insert(held.count, new.count), held.means
+  )
+
+
+def _parent_keys(key: np.ndarray) -> np.ndarray:
+  """Keys of the voxels twice as large: each cell index halved, rounded down."""
+  return ((key >> 1) & _PARENT_BITS) + _PARENT_SHIFT
+
+
+@dataclasses.dataclass(frozen=True)
+class CloudSummary:
+  """What a cloud holds and what it left out.
+
+  Attributes:
+    points: Occupied voxels, the points of the cloud.
+    voxel_size: Edge length now, in the cloud's unit; None before any point.
+    doublings: How often the voxel size was doubled to stay within bounds.
+    added: Points offered, including those left out.
+    non_finite: Points left out since a coordinate was not finite.
+    out_of_range: Points left out since they were further than 2^20 voxels from
+      the origin along an axis.
+  """
+
+  points: int
+  voxel_size: float | None
+  doublings: int
+  added: int
+  non_finite: int
+  out_of_range: int
+
+
+class VoxelCloud:
+  """Gathers coloured points of many frames, one averaged point a voxel.
+
+  Position and colour of a voxel are the plain means over all points that fell
+  into it. Points wait in a buffer, so that the cost of sorting them into a large
+  cloud is shared by several frames. When more than `max_points` voxels are occupied, the voxels double in size (cells
+  nest, so the means stay exact) until they are not.
+
+  The result does not depend on the order of frames, except through an automatic
+  voxel size and through points beyond the range of the voxels of the moment.
+  """
+
+  def __init__(
+    self,
+    voxel_size: float | None = None,
+    max_points: int = 10_000_000,
+    buffer_points: int = 1 << 21,
+  ):
+    """Makes an empty cloud.
+
+    Args:
+      voxel_size: Edge length in the unit of the points. None or 0 chooses it
+        from the first frame with a finite point: see `automatic_voxel_size`.
+      max_points: Bound on the number of points, at least 8 (the cells around
+        the origin never merge). Each takes 40 bytes, about twice that while
+        voxels double.
+      buffer_points: Points added before they are sorted into the cloud; each
+        takes 32 bytes.
+    """
+    voxel_size = voxel_size or None
+    if voxel_size is not None and not 0 < voxel_size < np.inf:
+      raise ValueError(f"voxel_size must be positive, not {voxel_size}.")
+    if max_points < 8:
+      raise ValueError(f"max_points must be at least 8, not {max_points}.")
+    self._voxel_size = voxel_size
+    self._max_points = max_points
+    self._buffer_points = buffer_points
+    self._voxels: _Voxels | None = None
+    self._buffer: list[tuple[np.ndarray, np.ndarray]] = []
+    self._buffered = 0
+    self._doublings = 0
+    self._added = self._non_finite = self._out_of_range = 0
+
+  def add(self, points: np.ndarray, colors: np.ndarray) -> None:
+    """Adds the points of a frame.
+
+    Args:
+      points: (..., 3) float positions, all frames in one coordinate frame.
+        Points that are not finite are counted and left out.
+      colors: (..., 3) uint8 RGB of the same points.
+    """
+    if points.shape != colors.shape or points.shape[-1:] != (3,):
+      raise ValueError(
+        f"Need points and colours (..., 3): {points.shape}, {colors.shape}."
+      )
+    if colors.dtype != np.uint8:
+      raise ValueError(f"Colours must be uint8, not {colors.dtype}.")
+    points, colors = points.reshape(-1, 3), colors.reshape(-1, 3)
+    self._added += len(points)
+    finite = np.isfinite(points.T).all(axis=0)
+    if not finite.all():
+      self._non_finite += int(len(points) - np.count_nonzero(finite))
+      points, colors = points[finite], colors[finite]
+    if not len(points):
+      return
+    if self._voxel_size is None:
+      self._voxel_size = automatic_voxel_size(points)
+      _logger.info(
+        "Voxel size %.4g, chosen from the first frame.", self._voxel_size
+      )
+    key, channels = self._assign(points, colors)
+    self._buffer.append((key, channels))
+    self._buffered += len(key)
+    if self._buffered >= self._buffer_points:
+      self._compact()
+
+  def _assign(
+    self, points: np.ndarray, colors: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Finds each point's voxel; leaves out those beyond the range.
+
+    Args:
+      points: (N, 3) finite positions.
+      colors: (N, 3) uint8.
+
+    Returns:
+      (M,) int64 keys and (6, M) float32 positions and colours.
+    """
+    channels = np.empty((6, len(points)), np.float32)
+    channels[:3], channels[3:] = points.T, colors.T
+    cells = np.floor(channels[:3].astype(np.float64) / self._voxel_size)
+    inside = ((cells >= -_HALF) & (cells < _HALF)).all(axis=0)
+    if not inside.all():
+      self._out_of_range += int(inside.size - np.count_nonzero(inside))
+      cells, channels = cells[:, inside], channels[:, inside]
+    x, y, z = cells.astype(np.int64) + _HALF
+    return x << 2 * _BITS | y << _BITS | z, channels
+
+  def _compact(self) -> None:
+    """Sorts the buffer into the cloud and keeps the cloud in its bound."""
+    if self._buffered:
+      keys, channels = zip(*self._buffer, strict=True)
+      self._buffer, self._buffered = [], 0
+      new = _average(np.concatenate(keys), np.concatenate(channels, axis=1))
+      self._voxels = _fold(self._voxels, new) if self._voxels else new
+    while self._voxels and len(self._voxels.key) > self._max_points:
+      before = len(self._voxels.key)
+      key, count, means = self._voxels
+      self._voxels = _average(_parent_keys(key), means, count)
+      self._voxel_size *= 2
+      self._doublings += 1
+      _logger.warning(
+        "Point cloud over its bound of %d points: voxel size doubled to %.4g, "
+        "%d points became %d.",
+        self._max_points,
+        self._voxel_size,
+        before,
+        len(self._voxels.key),
+      )
+
+  def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the cloud so far.
+
+    Returns:
+      (N, 3) float32 mean positions and (N, 3) uint8 mean colours, RGB, rounded;
+      in a fixed order given by their voxels.
+    """
+    self._compact()
+    if not self._voxels:
+      return np.zeros((0, 3), np.float32), np.zeros((0, 3), np.uint8)
+    points = np.stack(self._voxels.means[:3], axis=1)
+    colors = np.stack(self._voxels.means[3:], axis=1)
+    return points, np.rint(colors).astype(np.uint8)
+
+  def summary(self) -> CloudSummary:
+    """Returns what the cloud holds and what it left out so far."""
+    self._compact()
+    return CloudSummary(
+      points=len(self._voxels.key) if self._voxels else 0,
+      voxel_size=self._voxel_size,
+      doublings=self._doublings,
+      added=self._added,
+      non_finite=self._non_finite,
+      out_of_range=self._out_of_range,
+    )

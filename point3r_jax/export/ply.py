@@ -1,0 +1,49 @@
+"""Coloured point clouds as binary PLY."""
+
+import os
+
+import numpy as np
+
+from point3r_jax.export import files
+
+_VERTEX = np.dtype([("position", "<f4", 3), ("color", "u1", 3)])
+_CHUNK = 1 << 18  # Vertices converted at a time: 4 MB.
+
+
+def write_ply(
+  path: str | os.PathLike[str], points: np.ndarray, colors: np.ndarray
+) -> None:
+  """Writes a point cloud, binary little endian; all of it or nothing.
+
+  Args:
+    path: Name of the file; an existing one is replaced.
+    points: (N, 3) float32 positions, any frame and unit.
+    colors: (N, 3) uint8 RGB.
+
+  Raises:
+    ValueError: If the shapes do not fit, or colours are not uint8.
+  """
+  if points.ndim != 2 or points.shape[1] != 3 or points.shape != colors.shape:
+    raise ValueError(
+      f"Need points and colours (N, 3): {points.shape}, {colors.shape}."
+    )
+  if colors.dtype != np.uint8:
+    raise ValueError(f"Colours must be uint8, not {colors.dtype}.")
+  axes = [f"property float {axis}" for axis in "xyz"]
+  channels = [f"property uchar {name}" for name in ("red", "green", "blue")]
+  header = [
+    "ply",
+    "format binary_little_endian 1.0",
+    f"element vertex {len(points)}",
+    *axes,
+    *channels,
+    "end_header",
+  ]
+  with files.atomic_file(path) as file:
+    file.write(("\n".join(header) + "\n").encode("ascii"))
+    for start in range(0, len(points), _CHUNK):
+      part = slice(start, start + _CHUNK)
+      vertices = np.empty(len(points[part]), _VERTEX)
+      vertices["position"] = points[part]
+      vertices["color"] = colors[part]
+      file.write(vertices.tobytes())

@@ -1,0 +1,196 @@
+"""The dense prediction head (DPT): four token maps to one map of the image."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.linen.dtypes import promote_dtype
+
+from point3r_jax.config import ModelConfig
+from point3r_jax.models.layers import Compute, Linear, uniform_fan_in
+
+
+class Conv(nn.Module):
+  """A 3×3 convolution with padding 1; channels last.
+
+  Attributes:
+    features: output channels.
+    dtype: type of operands and result.
+    stride: step in pixels.
+    use_bias: whether a bias is added.
+  """
+
+  features: int
+  dtype: jnp.dtype
+  stride: int = 1
+  use_bias: bool = True
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps x (B, H, W, K) to (B, ⌈H/stride⌉, ⌈W/stride⌉, features)."""
+    channels = x.shape[-1]
+    init = uniform_fan_in(9 * channels)
+    kernel = self.param("kernel", init, (3, 3, channels, self.features))
+    x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
+    x = jax.lax.conv_general_dilated(
+      x,
+      kernel,
+      window_strides=(self.stride, self.stride),
+      padding=((1, 1), (1, 1)),
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    if self.use_bias:
+      bias = self.param("bias", init, (self.features,))
+      x = x + bias.astype(self.dtype)
+    return x
+
+
+class TransposedConv(nn.Module):
+  """A transposed convolution whose stride is its kernel's side: no overlaps.
+
+  Attributes:
+    scale: side of the kernel, and how much larger the output is.
+    dtype: type of operands and result.
+  """
+
+  scale: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps x (B, h, w, K) to (B, scale·h, scale·w, K)."""
+    batch, height, width, channels = x.shape
+    init = uniform_fan_in(self.scale**2 * channels)
+    kernel = self.param(
+      "kernel", init, (channels, self.scale, self.scale, channels)
+    )
+    bias = self.param("bias", init, (channels,))
+    x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+    x = jnp.einsum("bhwk,kijo->bhiwjo", x, kernel) + bias
+    return x.reshape(batch, self.scale * height, self.scale * width, channels)
+
+
+def _interpolation(size: int, keep: int, dtype: jnp.dtype) -> np.ndarray:
+  """Returns the (keep, size) matrix that doubles a line, corners aligned."""
+  matrix = np.zeros((2 * size, size))
+  position = np.linspace(0, size - 1, 2 * size)
+  low = np.minimum(position.astype(int), max(size - 2, 0))
+  weight = position - low
+  if jnp.finfo(dtype).bits == 16:
+    # Steps of 1/256 are exact in bfloat16, so that weights still add up to 1.
+    weight = np.round(weight * 256) / 256
+  rows = np.arange(2 * size)
+  np.add.at(matrix, (rows, low), 1 - weight)
+  np.add.at(matrix, (rows, np.minimum(low + 1, size - 1)), weight)
+  return matrix[:keep]
+
+
+def upsample(x: jax.Array, keep: tuple[int, int] | None = None) -> jax.Array:
+  """Doubles a map (B, h, w, K) bilinearly with corners aligned.
+
+  Two small matrix products: faster than gathers on accelerators.
+
+  Args:
+    x: (B, h, w, K).
+    keep: rows and columns to return, the first of the doubled map; None: all.
+
+  Returns:
+    (B, 2h, 2w, K), or (B, *keep, K).
+  """
+  height, width = x.shape[1:3]
+  rows, columns = keep or (2 * height, 2 * width)
+  vertical = jnp.asarray(_interpolation(height, rows, x.dtype), x.dtype)
+  horizontal = jnp.asarray(_interpolation(width, columns, x.dtype), x.dtype)
+  x = jnp.einsum("oh,bhwk->bowk", vertical, x)
+  return jnp.einsum("ow,bhwk->bhok", horizontal, x)
+
+
+class ResidualConv(nn.Module):
+  """x + conv(relu(conv(relu(x))))."""
+
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps x (B, h, w, K) to the same shape."""
+    y = Conv(x.shape[-1], self.dtype, name="conv_0")(nn.relu(x))
+    y = Conv(x.shape[-1], self.dtype, name="conv_1")(nn.relu(y))
+    return x + y
+
+
+class Refine(nn.Module):
+  """One step of the fusion path, from a coarse map to the next finer one."""
+
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+    self,
+    x: jax.Array,
+    skip: jax.Array | None,
+    keep: tuple[int, int] | None = None,
+  ) -> jax.Array:
+    """Adds a skip map, refines and doubles.
+
+    Args:
+      x: (B, h, w, K).
+      skip: (B, h, w, K) of the encoder side; None at the coarsest step.
+      keep: size to crop the result to, or None.
+
+    Returns:
+      (B, 2h, 2w, K), or cropped to `keep`.
+    """
+    unit = ResidualConv(self.dtype, name="skip_unit")
+    if skip is not None:
+      x = x + unit(skip)
+    elif self.is_initializing():
+      unit(x)  # Not used, but checkpoints hold its parameters.
+    x = ResidualConv(self.dtype, name="unit")(x)
+    # A pointwise linear map and an interpolation commute: the cheaper order.
+    x = Linear(x.shape[-1], self.dtype, name="output")(x)
+    return upsample(x, keep)
+
+
+class DenseHead(nn.Module):
+  """DPT: reassembles four token maps and fuses them from coarse to fine."""
+
+  config: ModelConfig
+  compute: Compute
+
+  @nn.compact
+  def __call__(
+    self, maps: tuple[jax.Array, ...], grid: tuple[int, int]
+  ) -> jax.Array:
+    """Predicts four channels a pixel.
+
+    Args:
+      maps: four token maps (B, h·w, ·): encoder output, decoder layers L/2,
+        3L/4 and L.
+      grid: (h, w).
+
+    Returns:
+      (B, 16h, 16w, 4) float32, before activations.
+    """
+    dtype, config = self.compute.precision.dense_dtype, self.config
+    layers = []
+    for k, (tokens, width) in enumerate(
+      zip(maps, config.dpt_widths, strict=True)
+    ):
+      x = Linear(width, dtype, name=f"project_{k}")(tokens)
+      x = x.reshape(x.shape[0], *grid, width)
+      if k < 2:
+        x = TransposedConv((4, 2)[k], dtype, name=f"resize_{k}")(x)
+      elif k == 3:
+        x = Conv(width, dtype, stride=2, name=f"resize_{k}")(x)
+      layers.append(
+        Conv(config.dpt_features, dtype, use_bias=False, name=f"layer_{k}")(x)
+      )
+    # The coarsest map has ⌈h/2⌉ rows: doubled it may be one row too large.
+    x = Refine(dtype, name="refine_3")(layers[3], None, keep=grid)
+    for k in (2, 1, 0):
+      x = Refine(dtype, name=f"refine_{k}")(x, layers[k])
+    x = Conv(config.dpt_features // 2, dtype, name="head_0")(x)
+    x = Conv(config.dpt_head_width, dtype, name="head_1")(upsample(x))
+    return Linear(4, jnp.float32, name="head_2")(nn.relu(x))

@@ -1,0 +1,77 @@
+"""The vision transformer behind both encoders: of images and of point maps."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from point3r_jax.models.layers import (
+  Compute,
+  EncoderBlock,
+  Linear,
+  layer_norm,
+)
+from point3r_jax.models.rotary import rotary_2d
+
+
+def patchify(image: jax.Array, patch: int) -> jax.Array:
+  """Cuts (B, H, W, K) into (B, h·w, patch·patch·K) rows, row-major."""
+  batch, height, width, channels = image.shape
+  x = image.reshape(
+    batch, height // patch, patch, width // patch, patch, channels
+  )
+  return x.swapaxes(2, 3).reshape(batch, -1, patch * patch * channels)
+
+
+class VisionTransformer(nn.Module):
+  """Patch embedding, pre-norm blocks with 2D rotary embedding, final norm.
+
+  Attributes:
+    width: channels of a token.
+    depth: number of blocks.
+    heads: attention heads.
+    patch_size: side of a patch in pixels.
+    mlp_ratio: hidden over outer width.
+    compute: precision and kernels.
+    xavier: initialise the linear maps as Xavier uniform with zero bias.
+    scan_layers: one scanned block with stacked parameters (`blocks`) instead of
+      one block a layer (`block_0`, `block_1`, …).
+  """
+
+  width: int
+  depth: int
+  heads: int
+  patch_size: int
+  mlp_ratio: int
+  compute: Compute
+  xavier: bool = False
+  scan_layers: bool = False
+
+  @nn.compact
+  def __call__(self, image: jax.Array) -> jax.Array:
+    """Encodes a map (B, H, W, K) float32 to tokens (B, h·w, width) float32."""
+    grid = tuple(side // self.patch_size for side in image.shape[1:3])
+    # Float32 under every policy: cheap, and point maps are not rounded.
+    x = Linear(self.width, jnp.float32, self.xavier, name="patch_embed")(
+      patchify(image, self.patch_size)
+    )
+    rotary = rotary_2d(grid, self.width // self.heads)
+
+    def block(name: str) -> EncoderBlock:
+      return EncoderBlock(
+        self.heads, self.mlp_ratio, self.compute, self.xavier, name=name
+      )
+
+    if self.scan_layers:
+      scanned = nn.scan(
+        lambda module, carry: (module(carry, rotary), None),
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=self.depth,
+      )
+      x, _ = scanned(block("blocks"), x)
+    else:
+      for layer in range(self.depth):
+        x = block(f"block_{layer}")(x, rotary)
+    return layer_norm("norm")(x)

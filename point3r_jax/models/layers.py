@@ -1,0 +1,297 @@
+"""The layers that all parts share: linear maps, norms, attention blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+
+from point3r_jax.models.attention import attention
+from point3r_jax.models.rotary import RotaryTable, apply_rotary
+from point3r_jax.precision import Precision
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+  """How to compute, as opposed to what: no effect on parameters.
+
+  Attributes:
+    precision: the precision policy.
+    attention: implementation name for `models.attention`.
+  """
+
+  precision: Precision
+  attention: str = "auto"
+
+  @property
+  def dtype(self) -> jnp.dtype:
+    """Type of the operands of matrix products."""
+    return self.precision.dtype
+
+
+def uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
+  """PyTorch's default for weights and biases: U(-1/√fan_in, 1/√fan_in)."""
+  bound = fan_in**-0.5
+
+  def init(rng, shape, dtype=jnp.float32):
+    return jax.random.uniform(rng, shape, dtype, -bound, bound)
+
+  return init
+
+
+class Linear(nn.Module):
+  """A linear map of the last axis, (…, in) to (…, features).
+
+  Attributes:
+    features: output channels.
+    dtype: type of operands and result.
+    xavier: initialise as Xavier uniform with zero bias, else as PyTorch does.
+  """
+
+  features: int
+  dtype: jnp.dtype
+  xavier: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps x (…, in) to (…, features)."""
+    fan_in = x.shape[-1]
+    if self.xavier:
+      kernel_init, bias_init = nn.initializers.xavier_uniform(), nn.zeros_init()
+    else:
+      kernel_init = bias_init = uniform_fan_in(fan_in)
+    kernel = self.param("kernel", kernel_init, (fan_in, self.features))
+    bias = self.param("bias", bias_init, (self.features,))
+    x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+    return x @ kernel + bias
+
+
+def layer_norm(name: str | None = None) -> nn.LayerNorm:
+  """LayerNorm with ε = 1e-6 and an affine map, in and out of float32."""
+  return nn.LayerNorm(
+    epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False, name=name
+  )
+
+
+class Mlp(nn.Module):
+  """Linear, exact GELU, Linear.
+
+  Attributes:
+    hidden: channels between the two.
+    features: output channels.
+    dtype: type of the products' operands.
+    xavier: see `Linear`.
+  """
+
+  hidden: int
+  features: int
+  dtype: jnp.dtype
+  xavier: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps x (…, in) to (…, features)."""
+    x = Linear(self.hidden, self.dtype, self.xavier, name="hidden")(x)
+    x = nn.gelu(x, approximate=False)
+    return Linear(self.features, self.dtype, self.xavier, name="output")(x)
+
+
+class SelfAttention(nn.Module):
+  """Multi-head self-attention with a fused query-key-value projection."""
+
+  heads: int
+  compute: Compute
+  xavier: bool = False
+
+  @nn.compact
+  def __call__(
+    self,
+    x: jax.Array,
+    rotary: RotaryTable | None = None,
+    length: jax.Array | None = None,
+  ) -> jax.Array:
+    """Attends within x.
+
+    Args:
+      x: (B, N, D).
+      rotary: table of the N positions, or None.
+      length: (B,) valid prefix of x, or None for all.
+
+    Returns:
+      (B, N, D).
+    """
+    batch, tokens, width = x.shape
+    qkv = Linear(3 * width, self.compute.dtype, self.xavier, name="qkv")(x)
+    qkv = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
+    query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
+    x = attention(query, key, value, length, self.compute.attention)
+    return Linear(width, self.compute.dtype, self.xavier, name="projection")(
+      x.reshape(batch, tokens, width)
+    )
+
+
+class CrossAttention(nn.Module):
+  """Multi-head cross-attention with separate projections."""
+
+  heads: int
+  compute: Compute
+  xavier: bool = False
+
+  @nn.compact
+  def __call__(
+    self,
+    x: jax.Array,
+    context: jax.Array,
+    rotary: RotaryTable | None = None,
+    context_rotary: RotaryTable | None = None,
+    context_length: jax.Array | None = None,
+  ) -> jax.Array:
+    """Attends from x to the context.
+
+    Args:
+      x: (B, N, D) gives the queries.
+      context: (B, M, D) gives keys and values.
+      rotary: table of the queries' positions, or None.
+      context_rotary: table of the keys' positions, or None.
+      context_length: (B,) valid prefix of the context, or None for all.
+
+    Returns:
+      (B, N, D).
+    """
+    width = x.shape[-1]
+
+    def project(tokens, name):
+      y = Linear(width, self.compute.dtype, self.xavier, name=name)(tokens)
+      return y.reshape(*y.shape[:2], self.heads, width // self.heads)
+
+    query = apply_rotary(project(x, "query"), rotary)
+    key = apply_rotary(project(context, "key"), context_rotary)
+    value = project(context, "value")
+    y = attention(query, key, value, context_length, self.compute.attention)
+    return Linear(width, self.compute.dtype, self.xavier, name="projection")(
+      y.reshape(x.shape)
+    )
+
+
+class EncoderBlock(nn.Module):
+  """Pre-norm transformer block: self-attention, MLP; float32 residuals."""
+
+  heads: int
+  mlp_ratio: int
+  compute: Compute
+  xavier: bool = False
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, rotary: RotaryTable | None = None
+  ) -> jax.Array:
+    """Maps x (B, N, D) float32 to the same shape and type."""
+    x = x + SelfAttention(
+      self.heads, self.compute, self.xavier, name="attention"
+    )(layer_norm("attention_norm")(x), rotary)
+    return x + Mlp(
+      self.mlp_ratio * x.shape[-1],
+      x.shape[-1],
+      self.compute.dtype,
+      self.xavier,
+      name="mlp",
+    )(layer_norm("mlp_norm")(x))
+
+
+class DecoderBlock(nn.Module):
+  """Pre-norm block: self-attention, cross-attention, MLP; float32 residuals."""
+
+  heads: int
+  mlp_ratio: int
+  compute: Compute
+  xavier: bool = False
+
+  @nn.compact
+  def __call__(
+    self,
+    x: jax.Array,
+    context: jax.Array,
+    rotary: RotaryTable | None = None,
+    context_rotary: RotaryTable | None = None,
+    length: jax.Array | None = None,
+    context_length: jax.Array | None = None,
+  ) -> jax.Array:
+    """Updates x by itself and the context.
+
+    Args:
+      x: (B, N, D) float32.
+      context: (B, M, D) float32.
+      rotary: table of x's positions, or None.
+      context_rotary: table of the context's positions, or None.
+      length: (B,) valid prefix of x, or None for all.
+      context_length: (B,) valid prefix of the context, or None for all.
+
+    Returns:
+      (B, N, D) float32. Rows beyond `length` are finite and without meaning.
+    """
+    x = x + SelfAttention(
+      self.heads, self.compute, self.xavier, name="self_attention"
+    )(layer_norm("self_norm")(x), rotary, length)
+    x = x + CrossAttention(
+      self.heads, self.compute, self.xavier, name="cross_attention"
+    )(
+      layer_norm("cross_norm")(x),
+      layer_norm("context_norm")(context),
+      rotary,
+      context_rotary,
+      context_length,
+    )
+    return x + Mlp(
+      self.mlp_ratio * x.shape[-1],
+      x.shape[-1],
+      self.compute.dtype,
+      self.xavier,
+      name="mlp",
+    )(layer_norm("mlp_norm")(x))
+
+
+class ModulatedNorm(nn.Module):
+  """LayerNorm whose scale and shift are given by a condition."""
+
+  compute: Compute
+
+  @nn.compact
+  def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
+    """Normalises x (B, N, D) under the condition (B, D); float32."""
+    modulation = Linear(2 * x.shape[-1], self.compute.dtype, name="modulation")(
+      nn.silu(condition)
+    )
+    shift, scale = jnp.split(
+      modulation.astype(jnp.float32)[:, None], 2, axis=-1
+    )
+    return layer_norm("norm")(x) * (1 + scale) + shift
+
+
+class ModulatedBlock(nn.Module):
+  """Transformer block with modulated norms; float32 residuals."""
+
+  heads: int
+  mlp_ratio: int
+  compute: Compute
+
+  @nn.compact
+  def __call__(
+    self,
+    x: jax.Array,
+    condition: jax.Array,
+    rotary: RotaryTable | None = None,
+  ) -> jax.Array:
+    """Maps x (B, N, D) float32 under the condition (B, D) to the same shape."""
+    normed = ModulatedNorm(self.compute, name="attention_norm")(x, condition)
+    x = x + SelfAttention(self.heads, self.compute, name="attention")(
+      normed, rotary
+    )
+    normed = ModulatedNorm(self.compute, name="mlp_norm")(x, condition)
+    width = x.shape[-1]
+    return x + Mlp(
+      self.mlp_ratio * width, width, self.compute.dtype, name="mlp"
+    )(normed)

@@ -1,0 +1,261 @@
+"""The network: a frame and the past, to predictions and new pointers."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from point3r_jax.config import ModelConfig
+from point3r_jax.models.decoder import InterleavedDecoder, decoder_rotary
+from point3r_jax.models.dpt import DenseHead
+from point3r_jax.models.encoder import VisionTransformer
+from point3r_jax.models.heads import WorldHead, point_map, pose_encoding
+from point3r_jax.models.layers import Compute, Linear, Mlp
+from point3r_jax.models.pose_memory import PoseMemory
+from point3r_jax.precision import get_precision
+
+HEADS = ("both", "camera", "world")
+
+
+@flax.struct.dataclass
+class Context:
+  """What the network reads of the past.
+
+  Attributes:
+    position: (B, C, 3) float32, pointers in the global frame.
+    feature: (B, C, D) float32, pointer features.
+    count: (B,) int32, the valid prefix of the pointers.
+    pose_slots: (B, S, 2D) float32.
+    image_position: (B, N, 3) float32, the previous frame's pointer positions.
+    first: (B,) bool, whether this is the sample's first frame; everything else
+      is then ignored.
+  """
+
+  position: jax.Array
+  feature: jax.Array
+  count: jax.Array
+  pose_slots: jax.Array
+  image_position: jax.Array
+  first: jax.Array
+
+
+@flax.struct.dataclass
+class FrameOutput:
+  """What the network makes of a frame.
+
+  Attributes:
+    points_camera: (B, H, W, 3) float32 in the camera's frame, or None.
+    confidence_camera: (B, H, W) float32, or None.
+    points_world: (B, H, W, 3) float32 in the global frame.
+    confidence_world: (B, H, W) float32.
+    pose: (B, 7) float32 camera-to-world: translation, quaternion wxyz.
+    position: (B, N, 3) float32, the frame's own pointers.
+    feature: (B, N, D) float32, their features.
+    pose_slots: (B, S, 2D) float32, the rewritten pose memory.
+  """
+
+  points_camera: jax.Array | None
+  confidence_camera: jax.Array | None
+  points_world: jax.Array
+  confidence_world: jax.Array
+  pose: jax.Array
+  position: jax.Array
+  feature: jax.Array
+  pose_slots: jax.Array
+
+
+class Point3R(nn.Module):
+  """Point3R for one frame a sample (paper, section 3).
+
+  Attributes:
+    config: the model's sizes.
+    compute: precision and kernels.
+    rotary: whether the decoders use the 3D rotary embedding.
+    camera_head: whether the camera-frame points are computed. (World points
+      always are: the new pointers are made of them.)
+  """
+
+  config: ModelConfig
+  compute: Compute
+  rotary: bool = True
+  camera_head: bool = True
+
+  def setup(self):
+    """Creates the parts; their names are the parameters' names."""
+    config, compute = self.config, self.compute
+    encoder = {
+      "width": config.encoder_width,
+      "heads": config.encoder_heads,
+      "patch_size": config.patch_size,
+      "mlp_ratio": config.mlp_ratio,
+      "compute": compute,
+      "scan_layers": config.scan_layers,
+    }
+    self.encoder = VisionTransformer(
+      depth=config.encoder_depth, xavier=True, **encoder
+    )
+    self.value_encoder = VisionTransformer(depth=config.value_depth, **encoder)
+    self.image_projection = Linear(
+      config.decoder_width, compute.dtype, xavier=True
+    )
+    self.pointer_projection = Linear(config.decoder_width, compute.dtype)
+    self.decoder = InterleavedDecoder(config, compute)
+    self.pose_token = self.param(
+      "pose_token", nn.initializers.normal(0.02), (config.decoder_width,)
+    )
+    self.pose_memory = PoseMemory(config, compute)
+    self.pose_head = Mlp(4 * config.decoder_width, 7, jnp.float32)
+    self.camera_dense = DenseHead(config, compute)
+    self.world_head = WorldHead(config, compute)
+    self.key_head = Mlp(
+      config.encoder_width + config.decoder_width,
+      config.encoder_width,
+      compute.dtype,
+    )
+    self.value_projection = Linear(config.encoder_width, compute.dtype)
+
+  def encode(self, images: jax.Array) -> jax.Array:
+    """Encodes frames, each by itself.
+
+    Args:
+      images: (B, H, W, 3) uint8, or float32 in [-1, 1].
+
+    Returns:
+      Tokens (B, N, E) float32.
+    """
+    if images.dtype == jnp.uint8:
+      images = images.astype(jnp.float32) / 127.5 - 1
+    return self.encoder(images)
+
+  def __call__(
+    self, tokens: jax.Array, context: Context, grid: tuple[int, int]
+  ) -> FrameOutput:
+    """Lets encoded frames interact with what is remembered.
+
+    Args:
+      tokens: (B, N, E) float32 from `encode`.
+      context: the past, C ≥ N.
+      grid: (h, w) with h·w = N.
+
+    Returns:
+      Predictions, the frame's pointers and the rewritten pose memory.
+    """
+    first = context.first
+    summary = tokens.mean(axis=1)
+    slots = jnp.where(
+      first[:, None, None], self.pose_memory.initial_slots, context.pose_slots
+    )
+    query = jnp.where(
+      first[:, None], self.pose_token, self.pose_memory.inquire(summary, slots)
+    )
+    half, three_quarters, last = self._decode(tokens, query, context)
+    pose_token, last = last[:, 0], last[:, 1:]
+    slots = self.pose_memory.update(summary, pose_token, slots)
+
+    maps = (tokens, half[:, 1:], three_quarters[:, 1:], last)
+    raw_world = self.world_head(maps, pose_token, grid)
+    points_world, confidence_world = point_map(raw_world)
+    points_camera = confidence_camera = None
+    if self.camera_head:
+      points_camera, confidence_camera = point_map(
+        self.camera_dense(maps, grid)
+      )
+    position, feature = self._new_pointers(tokens, last, points_world, grid)
+    self.sow("intermediates", "pose_query", query)
+    self.sow("intermediates", "decoder_half", half)
+    self.sow("intermediates", "decoder_three_quarters", three_quarters)
+    return FrameOutput(
+      points_camera=points_camera,
+      confidence_camera=confidence_camera,
+      points_world=points_world,
+      confidence_world=confidence_world,
+      pose=pose_encoding(self.pose_head(pose_token)),
+      position=position,
+      feature=feature,
+      pose_slots=slots,
+    )
+
+  def _decode(
+    self, tokens: jax.Array, pose_query: jax.Array, context: Context
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Runs the decoders; at a first frame the pointers are the frame's own."""
+    config, first = self.config, context.first
+    num_tokens, capacity = tokens.shape[1], context.feature.shape[1]
+    image = self.image_projection(tokens).astype(jnp.float32)
+    image = jnp.concatenate([pose_query[:, None], image], axis=1)
+    own = self.pointer_projection(tokens).astype(jnp.float32)
+    own = jnp.pad(own, ((0, 0), (0, capacity - num_tokens), (0, 0)))
+    pointers = jnp.where(first[:, None, None], own, context.feature)
+    count = jnp.where(first, num_tokens, context.count)
+    tables = [
+      decoder_rotary(
+        config, heads, context.image_position, context.position, first
+      )
+      if self.rotary
+      else None
+      for heads in (config.decoder_heads, config.pointer_heads)
+    ]
+    result = self.decoder(image, pointers, count, *tables)
+    self.sow("intermediates", "decoder_last", result[-1])
+    return result
+
+  def _new_pointers(
+    self,
+    tokens: jax.Array,
+    decoded: jax.Array,
+    points_world: jax.Array,
+    grid: tuple[int, int],
+  ) -> tuple[jax.Array, jax.Array]:
+    """Makes a pointer of each token: position (B, N, 3), feature (B, N, D).
+
+    No gradient flows into what enters here: only the weights of these parts
+    learn, from what later frames read.
+    """
+    tokens, decoded, points_world = jax.lax.stop_gradient(
+      (tokens, decoded, points_world)
+    )
+    key = self.key_head(jnp.concatenate([tokens, decoded], axis=-1))
+    value = self.value_projection(self.value_encoder(points_world))
+    feature = self.pointer_projection(
+      key.astype(jnp.float32) + value.astype(jnp.float32)
+    )
+    batch, patch = tokens.shape[0], self.config.patch_size
+    patches = points_world.reshape(batch, grid[0], patch, grid[1], patch, 3)
+    position = patches.mean(axis=(2, 4)).reshape(batch, -1, 3)
+    return position, feature.astype(jnp.float32)
+
+
+def init_params(config: ModelConfig, seed: int = 0) -> dict:
+  """Returns freshly initialised parameters, as the published training starts.
+
+  Args:
+    config: the model's sizes.
+    seed: of the random numbers.
+
+  Returns:
+    A nested dictionary of float32 arrays.
+  """
+  model = Point3R(config, Compute(get_precision("float32"), "xla"))
+  grid = (2, 2)  # Parameters do not depend on the image's size.
+  side = grid[0] * config.patch_size
+  width, tokens = config.decoder_width, grid[0] * grid[1]
+
+  def run(model, image):
+    context = Context(
+      position=jnp.zeros((1, tokens, 3)),
+      feature=jnp.zeros((1, tokens, width)),
+      count=jnp.zeros((1,), jnp.int32),
+      pose_slots=jnp.zeros((1, config.pose_slots, 2 * width)),
+      image_position=jnp.zeros((1, tokens, 3)),
+      first=jnp.ones((1,), bool),
+    )
+    return model(model.encode(image), context, grid)
+
+  @jax.jit
+  def init(rng):
+    image = jnp.zeros((1, side, side, 3))
+    return model.init(rng, image, method=run)["params"]
+
+  return init(jax.random.key(seed))

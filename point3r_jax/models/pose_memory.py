@@ -1,0 +1,73 @@
+"""The pose memory: a fixed set of slots, read and rewritten every frame."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from point3r_jax.config import ModelConfig
+from point3r_jax.models.layers import Compute, DecoderBlock, Linear
+
+# Blocks that read from, and blocks that write to, the slots.
+_DEPTH = 2
+
+
+class PoseMemory(nn.Module):
+  """Slots of width 2D, read for a pose query and rewritten every frame."""
+
+  config: ModelConfig
+  compute: Compute
+
+  def setup(self):
+    """Creates the slots' start, the query's blank half and the blocks."""
+    width = self.config.decoder_width
+    init = nn.initializers.normal(0.2)
+    self.initial_slots = self.param(
+      "slots", init, (self.config.pose_slots, 2 * width)
+    )
+    self.masked_token = self.param("masked_token", init, (width,))
+    self.projection = Linear(width, self.compute.dtype)
+    sizes = (self.config.decoder_heads, self.config.mlp_ratio, self.compute)
+    self.read_blocks = [DecoderBlock(*sizes) for _ in range(_DEPTH)]
+    self.write_blocks = [DecoderBlock(*sizes) for _ in range(_DEPTH)]
+
+  def _pair(self, summary: jax.Array, token: jax.Array) -> jax.Array:
+    """Joins a frame's summary (B, E) and a token (B, D) to (B, 1, 2D)."""
+    projected = self.projection(summary).astype(jnp.float32)
+    return jnp.concatenate([projected, token], axis=-1)[:, None]
+
+  def inquire(self, summary: jax.Array, slots: jax.Array) -> jax.Array:
+    """Asks the slots for a pose token.
+
+    Args:
+      summary: (B, E), the frame's mean encoder token.
+      slots: (B, S, 2D).
+
+    Returns:
+      (B, D) float32.
+    """
+    width = self.config.decoder_width
+    blank = jnp.broadcast_to(self.masked_token, (summary.shape[0], width))
+    x = self._pair(summary, blank)
+    for block in self.read_blocks:
+      x = block(x, slots)
+    return x[:, 0, width:]
+
+  def update(
+    self, summary: jax.Array, pose_token: jax.Array, slots: jax.Array
+  ) -> jax.Array:
+    """Writes a frame into the slots.
+
+    Args:
+      summary: (B, E), the frame's mean encoder token.
+      pose_token: (B, D), the decoded pose token.
+      slots: (B, S, 2D).
+
+    Returns:
+      The new slots, (B, S, 2D) float32.
+    """
+    context = self._pair(summary, pose_token)
+    for block in self.write_blocks:
+      slots = block(slots, context)
+    return slots

@@ -1,0 +1,131 @@
+"""Rotary position embeddings: 2D patch indices and continuous 3D positions.
+
+Rotary tables are built once a frame and shared by all layers and heads: the
+angles depend on positions only. Arithmetic is float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@flax.struct.dataclass
+class RotaryTable:
+  """Cosines and sines for one set of positions and one head size.
+
+  Attributes:
+    cos: (B or 1, N, d) float32, d the channels of a head.
+    sin: (B or 1, N, d) float32.
+    groups: channels of each coordinate's group, in order; they add up to d.
+  """
+
+  cos: jax.Array
+  sin: jax.Array
+  groups: tuple[int, ...] = flax.struct.field(pytree_node=False)
+
+
+def _frequencies(size: int, base: float) -> np.ndarray:
+  """Returns the (⌈size/2⌉,) inverse frequencies of a group of channels."""
+  return base ** (-2 * np.arange((size + 1) // 2) / size)
+
+
+def rotary_2d(
+  grid: tuple[int, int], head_dim: int, base: float = 100.0
+) -> RotaryTable:
+  """Builds the table of a token grid's integer indices, row-major (y, x).
+
+  The first half of the channels turns with y, the second with x.
+
+  Args:
+    grid: (h, w) tokens.
+    head_dim: d, a multiple of 4.
+    base: frequency base.
+
+  Returns:
+    A table with cos and sin of shape (1, h·w, d), constants of the program.
+  """
+  half = head_dim // 2
+  index = np.indices(grid).reshape(2, -1)
+  angle = index[..., None] * _frequencies(half, base)
+  angle = np.concatenate([angle, angle], axis=-1)
+  angle = np.concatenate(list(angle), axis=-1)[None]
+  return RotaryTable(
+    cos=jnp.asarray(np.cos(angle), jnp.float32),
+    sin=jnp.asarray(np.sin(angle), jnp.float32),
+    groups=(half, half),
+  )
+
+
+def rotary_3d(
+  position: jax.Array, head_dim: int, bases: Sequence[float]
+) -> RotaryTable:
+  """Builds the hierarchical table of continuous positions (paper, section 3.3).
+
+  The published embedding averages the rotations by several bases. A rotation is
+  linear in its cosine and sine, so averaging those gives the same result.
+
+  Args:
+    position: (B, N, 3) float32 x, y, z in the global frame.
+    head_dim: d; the groups have ⌊d/3⌋, ⌊d/3⌋ and the remaining channels.
+    bases: frequency bases.
+
+  Returns:
+    A table with cos and sin of shape (B, N, d).
+  """
+  groups = (head_dim // 3, head_dim // 3, head_dim - 2 * (head_dim // 3))
+  cosines, sines = [], []
+  for axis, size in enumerate(groups):
+    frequency = np.stack([_frequencies(size, base) for base in bases])
+    angle = position[..., axis, None, None] * frequency.astype(np.float32)
+    cos, sin = jnp.cos(angle).mean(-2), jnp.sin(angle).mean(-2)
+    # An odd group drops its last channel: channel and partner then do not pair
+    # up as a true rotation. The published weights were trained so.
+    cosines += [cos, cos[..., : size // 2]]
+    sines += [sin, sin[..., : size // 2]]
+  return RotaryTable(
+    cos=jnp.concatenate(cosines, axis=-1),
+    sin=jnp.concatenate(sines, axis=-1),
+    groups=groups,
+  )
+
+
+def disable_where(table: RotaryTable, disabled: jax.Array) -> RotaryTable:
+  """Makes the table the identity for the samples where `disabled` (B,)."""
+  disabled = disabled[:, None, None]
+  return table.replace(
+    cos=jnp.where(disabled, 1.0, table.cos),
+    sin=jnp.where(disabled, 0.0, table.sin),
+  )
+
+
+def prepend_identity(table: RotaryTable) -> RotaryTable:
+  """Puts one token that is not rotated in front: N becomes N+1."""
+  pad = ((0, 0), (1, 0), (0, 0))
+  return table.replace(
+    cos=jnp.pad(table.cos, pad, constant_values=1.0),
+    sin=jnp.pad(table.sin, pad),
+  )
+
+
+def _rotate_half(x: jax.Array, groups: Sequence[int]) -> jax.Array:
+  """Turns each group [a, b] into [-b, a]; a is the larger half if odd."""
+  parts, start = [], 0
+  for size in groups:
+    middle, stop = start + (size + 1) // 2, start + size
+    parts += [-x[..., middle:stop], x[..., start:middle]]
+    start = stop
+  return jnp.concatenate(parts, axis=-1)
+
+
+def apply_rotary(x: jax.Array, table: RotaryTable | None) -> jax.Array:
+  """Rotates queries or keys (B, N, heads, d); no table leaves them as is."""
+  if table is None:
+    return x
+  x32 = x.astype(jnp.float32)
+  cos, sin = table.cos[:, :, None], table.sin[:, :, None]
+  return (x32 * cos + _rotate_half(x32, table.groups) * sin).astype(x.dtype)

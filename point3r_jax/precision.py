@@ -1,0 +1,56 @@
+"""Precision policies: which arithmetic runs in which type."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+  """What a policy decides; everything else stays float32.
+
+  Residual streams, LayerNorm, softmax, positions, rotary arithmetic, patch
+  embeddings, fusion, the pose head and the heads' activations are float32 under
+  every policy.
+
+  Attributes:
+    name: the policy's name.
+    dtype: type of the operands of matrix products outside the dense heads.
+    dense_dtype: type of the dense heads' convolutions.
+    matmul: precision of float32 products, as
+      `jax.default_matmul_precision` takes it.
+  """
+
+  name: str
+  dtype: jnp.dtype
+  dense_dtype: jnp.dtype
+  matmul: str
+
+
+_POLICIES = {
+  policy.name: policy
+  for policy in (
+    Precision("float32", jnp.float32, jnp.float32, "highest"),
+    Precision("tf32", jnp.float32, jnp.float32, "tensorfloat32"),
+    Precision("bfloat16", jnp.bfloat16, jnp.bfloat16, "tensorfloat32"),
+  )
+}
+
+
+def get_precision(policy: str | Precision | None = None) -> Precision:
+  """Returns a policy by name; None is the default device's default.
+
+  The default is "float32" on a CPU and "bfloat16" on accelerators.
+  """
+  if isinstance(policy, Precision):
+    return policy
+  if policy is None:
+    policy = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  if policy not in _POLICIES:
+    raise ValueError(
+      f"unknown precision {policy!r}; there are {sorted(_POLICIES)}"
+    )
+  return _POLICIES[policy]

@@ -1,0 +1,263 @@
+"""The step of a stream and the scan over a sequence: pure functions.
+
+`step(config, params, memory, images)` is the heart of the project; `scan` is
+`lax.scan` over it. Both are jitted and compile once per shape and option set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from point3r_jax.config import ModelConfig
+from point3r_jax.memory import PointerMemory, fuse, reset
+from point3r_jax.models.attention import IMPLEMENTATIONS
+from point3r_jax.models.layers import Compute
+from point3r_jax.models.point3r import HEADS, Context, FrameOutput, Point3R
+from point3r_jax.precision import Precision, get_precision
+
+
+@flax.struct.dataclass
+class Prediction:
+  """What a frame gives. Under `scan` every field has a leading T.
+
+  OpenCV axes (x right, y down, z forward). The global frame is the camera of
+  the stream's first frame; units are the model's (metres where it is metric).
+
+  Attributes:
+    points_camera: (B, H, W, 3) float32 in the frame's camera; None if not asked
+      for. Its z is the depth.
+    confidence_camera: (B, H, W) float32 above 1; None if not asked for.
+    points_world: (B, H, W, 3) float32 in the global frame; None if not asked
+      for.
+    confidence_world: (B, H, W) float32 above 1; None if not asked for.
+    pose: (B, 7) float32 camera-to-world: translation, unit quaternion wxyz.
+    pointer_count: (B,) int32, pointers in memory after the frame.
+  """
+
+  points_camera: jax.Array | None
+  confidence_camera: jax.Array | None
+  points_world: jax.Array | None
+  confidence_world: jax.Array | None
+  pose: jax.Array
+  pointer_count: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+  """How to run a step; the keyword options of `step`, `scan` and `Stream`.
+
+  Attributes:
+    precision: "float32", "tf32", "bfloat16" or a `Precision`; None: float32 on
+      a CPU, bfloat16 on accelerators.
+    attention: "auto", "xla", "cudnn" or "tpu", see `models.attention`.
+    fusion: False keeps all pointers (the paper's first training stage).
+    fusion_divisor: the scene's extent over this is the fusion distance.
+    rotary: False leaves out the 3D rotary embedding (for ablations).
+    heads: "both", "camera" or "world": which point maps to return. "world"
+      saves the camera head; "camera" saves nothing but the copy, for pointers
+      are made of world points.
+  """
+
+  precision: str | Precision | None = None
+  attention: str = "auto"
+  fusion: bool = True
+  fusion_divisor: float = 20.0
+  rotary: bool = True
+  heads: str = "both"
+
+  def __post_init__(self):
+    """Fills the default precision and refuses unknown names."""
+    object.__setattr__(self, "precision", get_precision(self.precision))
+    if self.attention not in IMPLEMENTATIONS:
+      raise ValueError(
+        f"unknown attention {self.attention!r}; there are {IMPLEMENTATIONS}"
+      )
+    if self.heads not in HEADS:
+      raise ValueError(f"unknown heads {self.heads!r}; there are {HEADS}")
+    if not self.fusion_divisor > 0:
+      raise ValueError(
+        f"fusion_divisor must be positive, got {self.fusion_divisor}"
+      )
+
+
+def build_model(config: ModelConfig, options: StepOptions) -> Point3R:
+  """Returns the network that runs under these options."""
+  return Point3R(
+    config,
+    Compute(options.precision, options.attention),
+    rotary=options.rotary,
+    camera_head=options.heads != "world",
+  )
+
+
+def advance(
+  memory: PointerMemory, output: FrameOutput, options: StepOptions
+) -> tuple[PointerMemory, Prediction]:
+  """Moves the memory past a frame that the network has seen."""
+  memory = fuse(
+    memory,
+    output.position,
+    output.feature,
+    divisor=options.fusion_divisor,
+    fusion=options.fusion,
+  ).replace(
+    pose_slots=output.pose_slots,
+    image_position=output.position,
+    frame=memory.frame + 1,
+  )
+  world = options.heads != "camera"
+  return memory, Prediction(
+    points_camera=output.points_camera,
+    confidence_camera=output.confidence_camera,
+    points_world=output.points_world if world else None,
+    confidence_world=output.confidence_world if world else None,
+    pose=output.pose,
+    pointer_count=memory.count,
+  )
+
+
+def step_fn(
+  config: ModelConfig,
+  options: StepOptions,
+  params: dict,
+  memory: PointerMemory,
+  images: jax.Array,
+) -> tuple[PointerMemory, Prediction]:
+  """`step` before jit: to be traced inside a larger program."""
+  model = build_model(config, options)
+  context = Context(
+    position=memory.position,
+    feature=memory.feature,
+    count=memory.count,
+    pose_slots=memory.pose_slots,
+    image_position=memory.image_position,
+    first=memory.frame == 0,
+  )
+  grid = config.grid(images.shape[1:3])
+
+  def run(model):
+    return model(model.encode(images), context, grid)
+
+  with jax.default_matmul_precision(options.precision.matmul):
+    output = model.apply({"params": params}, method=run)
+    return advance(memory, output, options)
+
+
+def scan_fn(
+  config: ModelConfig,
+  options: StepOptions,
+  params: dict,
+  memory: PointerMemory,
+  images: jax.Array,
+  resets: jax.Array | None,
+) -> tuple[PointerMemory, Prediction]:
+  """`scan` before jit: to be traced inside a larger program."""
+
+  def body(memory, frame):
+    images, resets = frame
+    if resets is not None:
+      memory = reset(memory, resets)
+    return step_fn(config, options, params, memory, images)
+
+  return jax.lax.scan(body, memory, (images, resets))
+
+
+_step = jax.jit(step_fn, static_argnums=(0, 1))
+_scan = jax.jit(scan_fn, static_argnums=(0, 1))
+
+
+def _check_images(
+  memory: PointerMemory,
+  config: ModelConfig,
+  images: jax.Array,
+  axes: str,
+) -> None:
+  """Raises ValueError where images do not suit the memory."""
+  if images.ndim != len(axes) or images.shape[-1] != 3:
+    raise ValueError(
+      f"images must have the axes ({', '.join(axes)}) with 3 channels, got "
+      f"shape {tuple(images.shape)}"
+    )
+  if images.dtype not in (jnp.uint8, jnp.float32):
+    raise ValueError(
+      f"images must be uint8, or float32 in [-1, 1], not {images.dtype}"
+    )
+  batch, (height, width) = images.shape[-4], config.grid(images.shape[-3:-1])
+  if memory.image_position.shape[:2] != (batch, height * width):
+    raise ValueError(
+      f"the memory is of {memory.image_position.shape[0]} streams with "
+      f"{memory.image_position.shape[1]} tokens a frame, the images of {batch} "
+      f"with {height * width}; make it with init_memory(config, {batch}, "
+      f"{tuple(images.shape[-3:-1])})"
+    )
+
+
+def step(
+  config: ModelConfig,
+  params: dict,
+  memory: PointerMemory,
+  images: jax.Array,
+  **options,
+) -> tuple[PointerMemory, Prediction]:
+  """Takes one frame a sample: predicts, then extends and fuses the memory.
+
+  Pure and jitted. The memory is not donated; in a loop of one's own,
+  `jax.jit(functools.partial(step, config), donate_argnums=1)` reuses its
+  buffers. `Stream` does that and more.
+
+  Args:
+    config: the model's sizes.
+    params: nested dictionary, see `load_checkpoint`.
+    memory: of B streams, see `init_memory`. Streams are independent and may be
+      at different frames.
+    images: (B, H, W, 3) uint8, or float32 in [-1, 1]; RGB.
+    **options: fields of `StepOptions`.
+
+  Returns:
+    The memory after the frame, and the prediction.
+
+  Raises:
+    ValueError: for images that do not suit the memory, or unknown options.
+  """
+  _check_images(memory, config, images, "BHWC")
+  return _step(config, StepOptions(**options), params, memory, images)
+
+
+def scan(
+  config: ModelConfig,
+  params: dict,
+  memory: PointerMemory,
+  images: jax.Array,
+  *,
+  resets: jax.Array | None = None,
+  **options,
+) -> tuple[PointerMemory, Prediction]:
+  """Takes a sequence of frames: `lax.scan` over `step`, jitted.
+
+  The capacity is fixed: read `overflow` of the returned memory, which counts
+  the pointers that found no free row and were merged instead.
+
+  Args:
+    config: the model's sizes.
+    params: nested dictionary, see `load_checkpoint`.
+    memory: of B streams, see `init_memory`.
+    images: (T, B, H, W, 3) uint8, or float32 in [-1, 1]; RGB.
+    resets: (T, B) bool, streams to empty before a frame, or None.
+    **options: fields of `StepOptions`.
+
+  Returns:
+    The memory after the last frame, and predictions with a leading T.
+
+  Raises:
+    ValueError: for images that do not suit the memory, or unknown options.
+  """
+  _check_images(memory, config, images, "TBHWC")
+  if resets is not None and resets.shape != images.shape[:2]:
+    raise ValueError(
+      f"resets must have shape {tuple(images.shape[:2])}, got {resets.shape}"
+    )
+  return _scan(config, StepOptions(**options), params, memory, images, resets)
