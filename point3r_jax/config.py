@@ -77,6 +77,10 @@ class ModelConfig:
         f"decoder_depth must be a multiple of 4, got {self.decoder_depth}"
       )
 
+  def replace(self, **changes) -> ModelConfig:
+    """Returns a config with some fields changed."""
+    return dataclasses.replace(self, **changes)
+
   def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
     """Returns the token grid (h, w) of images of `image_size` (H, W)."""
     height, width = image_size

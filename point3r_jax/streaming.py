@@ -36,6 +36,8 @@ class Prediction:
     confidence_world: (B, H, W) float32 above 1; None if not asked for.
     pose: (B, 7) float32 camera-to-world: translation, unit quaternion wxyz.
     pointer_count: (B,) int32, pointers in memory after the frame.
+    overflow: (B,) int32, pointers since reset that found no free row and were
+      merged into their nearest instead.
   """
 
   points_camera: jax.Array | None
@@ -44,6 +46,7 @@ class Prediction:
   confidence_world: jax.Array | None
   pose: jax.Array
   pointer_count: jax.Array
+  overflow: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +120,7 @@ def advance(
     confidence_world=output.confidence_world if world else None,
     pose=output.pose,
     pointer_count=memory.count,
+    overflow=memory.overflow,
   )
 
 

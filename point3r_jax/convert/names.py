@@ -1,7 +1,7 @@
 """Published tensor names, our parameter paths and how one becomes the other.
 
-`weight_table(config)` enumerates every tensor once, so that nothing is mapped by
-accident: a file's names either all stand in the table or are an error.
+`weight_table(config)` enumerates every tensor once, so that nothing is mapped
+by accident: a file's names either all stand in the table or are an error.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ from point3r_jax.models.encoder import VisionTransformer
 from point3r_jax.models.heads import WorldHead, point_map, pose_encoding
 from point3r_jax.models.layers import Compute, Linear, Mlp
 from point3r_jax.models.pose_memory import PoseMemory
-from point3r_jax.precision import get_precision
 
 HEADS = ("both", "camera", "world")
 
@@ -225,37 +224,3 @@ class Point3R(nn.Module):
     patches = points_world.reshape(batch, grid[0], patch, grid[1], patch, 3)
     position = patches.mean(axis=(2, 4)).reshape(batch, -1, 3)
     return position, feature.astype(jnp.float32)
-
-
-def init_params(config: ModelConfig, seed: int = 0) -> dict:
-  """Returns freshly initialised parameters, as the published training starts.
-
-  Args:
-    config: the model's sizes.
-    seed: of the random numbers.
-
-  Returns:
-    A nested dictionary of float32 arrays.
-  """
-  model = Point3R(config, Compute(get_precision("float32"), "xla"))
-  grid = (2, 2)  # Parameters do not depend on the image's size.
-  side = grid[0] * config.patch_size
-  width, tokens = config.decoder_width, grid[0] * grid[1]
-
-  def run(model, image):
-    context = Context(
-      position=jnp.zeros((1, tokens, 3)),
-      feature=jnp.zeros((1, tokens, width)),
-      count=jnp.zeros((1,), jnp.int32),
-      pose_slots=jnp.zeros((1, config.pose_slots, 2 * width)),
-      image_position=jnp.zeros((1, tokens, 3)),
-      first=jnp.ones((1,), bool),
-    )
-    return model(model.encode(image), context, grid)
-
-  @jax.jit
-  def init(rng):
-    image = jnp.zeros((1, side, side, 3))
-    return model.init(rng, image, method=run)["params"]
-
-  return init(jax.random.key(seed))

@@ -1,0 +1,213 @@
+"""A live stream on the host: holds the memory, makes room ahead of need."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import logging
+import time
+
+import jax
+import numpy as np
+
+from point3r_jax.config import ModelConfig
+from point3r_jax.memory import (
+  PointerMemory,
+  grow,
+  init_memory,
+  round_capacity,
+)
+from point3r_jax.params import cast_params
+from point3r_jax.streaming import Prediction, StepOptions, step_fn
+
+# How full the memory is when the next capacity is compiled in the background.
+_COMPILE_AHEAD = 0.5
+
+
+class Stream:
+  """Feeds one image after the other to a model; batch 1.
+
+  The step is compiled once per capacity. Before a frame could overflow the
+  memory it grows by half, without losing a pointer; the larger step has by then
+  been compiled in the background. Calls return as soon as the device has the
+  work: reading a prediction waits for it.
+
+    stream = Stream(config, params, image_size=(384, 512))
+    for image in images:
+      prediction = stream(image)
+
+  Attributes:
+    config: the model's sizes.
+    options: the step's options.
+    image_size: (H, W) of the images.
+    memory: the `PointerMemory` after the last frame. The next frame takes over
+      its buffers: copy what you want to keep.
+    frames: images seen since the last reset.
+    compile_seconds: seconds that each capacity's step took to compile.
+  """
+
+  config: ModelConfig
+  options: StepOptions
+  image_size: tuple[int, int]
+  memory: PointerMemory
+  frames: int
+  compile_seconds: dict[int, float]
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    params: dict,
+    image_size: tuple[int, int],
+    *,
+    capacity: int | None = None,
+    max_capacity: int | None = None,
+    **options,
+  ):
+    """Prepares a stream; compiles at the first image.
+
+    Args:
+      config: the model's sizes.
+      params: nested dictionary, see `load_checkpoint`.
+      image_size: (H, W), multiples of the patch size.
+      capacity: pointers to start with room for; default: four frames' tokens.
+      max_capacity: where growth stops; pointers beyond are merged into their
+        nearest, counted in `overflow` and warned about. None: no limit.
+      **options: fields of `StepOptions`.
+
+    Raises:
+      ValueError: for sizes that do not suit or unknown options.
+    """
+    self.config = config
+    self.options = StepOptions(**options)
+    self.image_size = tuple(image_size)
+    self.memory = init_memory(config, 1, self.image_size, capacity)
+    if max_capacity is not None and max_capacity < self.memory.capacity:
+      raise ValueError(
+        f"max_capacity {max_capacity} is below the first capacity "
+        f"{self.memory.capacity}"
+      )
+    self.frames = 0
+    self.compile_seconds = {}
+    self._max_capacity = max_capacity
+    self._params = jax.device_put(cast_params(params, self.options.precision))
+    self._tokens = self.memory.image_position.shape[1]
+    self._step = jax.jit(step_fn, static_argnums=(0, 1), donate_argnums=3)
+    self._grow = jax.jit(grow, static_argnums=1)
+    self._executables = {}
+    self._compiler = concurrent.futures.ThreadPoolExecutor(1, "compile-ahead")
+    self._forget_counts()
+
+  @property
+  def capacity(self) -> int:
+    """Pointers there is room for now."""
+    return self.memory.capacity
+
+  @property
+  def pointer_count(self) -> int:
+    """Pointers in memory; waits for the last frame."""
+    return int(self.memory.count[0])
+
+  @property
+  def overflow(self) -> int:
+    """Pointers merged for lack of room since reset; waits for the frame."""
+    return int(self.memory.overflow[0])
+
+  def reset(self) -> None:
+    """Forgets everything: the next image is a first frame again."""
+    self.memory = init_memory(self.config, 1, self.image_size, self.capacity)
+    self.frames = 0
+    self._forget_counts()
+
+  def __call__(self, image: np.ndarray | jax.Array) -> Prediction:
+    """Takes the next image.
+
+    Args:
+      image: (H, W, 3) or (1, H, W, 3), uint8, or float32 in [-1, 1]; RGB.
+
+    Returns:
+      The prediction, with a leading axis of 1.
+
+    Raises:
+      ValueError: if the image does not have the stream's size or a known type.
+    """
+    image = image[None] if image.ndim == 3 else image
+    if image.shape != (1, *self.image_size, 3):
+      raise ValueError(
+        f"this stream takes images of shape {(*self.image_size, 3)}, got "
+        f"{tuple(image.shape)}"
+      )
+    if image.dtype not in (np.uint8, np.float32):
+      raise ValueError(
+        f"images must be uint8, or float32 in [-1, 1], not {image.dtype}"
+      )
+    self._make_room(image.dtype)
+    step = self._executable(self.capacity, image.dtype).result()
+    self.memory, prediction = step(self._params, self.memory, image)
+    self._pending.append((prediction.pointer_count, prediction.overflow))
+    self.frames += 1
+    return prediction
+
+  def _executable(self, capacity: int, dtype) -> concurrent.futures.Future:
+    """Returns the step for a capacity, compiled or being compiled."""
+    key = (capacity, np.dtype(dtype))
+    if key not in self._executables:
+      self._executables[key] = self._compiler.submit(self._compile, *key)
+    return self._executables[key]
+
+  def _compile(self, capacity: int, dtype: np.dtype):
+    start = time.perf_counter()
+    memory = jax.eval_shape(
+      lambda: init_memory(self.config, 1, self.image_size, capacity)
+    )
+    image = jax.ShapeDtypeStruct((1, *self.image_size, 3), dtype)
+    executable = self._step.lower(
+      self.config, self.options, self._params, memory, image
+    ).compile()
+    self.compile_seconds[capacity] = time.perf_counter() - start
+    return executable
+
+  def _next_capacity(self) -> int:
+    """Returns half as much room again, at least a frame's, within limits."""
+    larger = max(self.capacity * 3 // 2, self.capacity + self._tokens)
+    if self._max_capacity is not None:
+      return min(round_capacity(larger), self._max_capacity)
+    return round_capacity(larger)
+
+  def _make_room(self, dtype) -> None:
+    """Grows the memory if the next frame might not fit."""
+    self._read_counts(wait=False)
+    if self._bound() > self.capacity:
+      # The bound grows with every frame under way: ask the device itself.
+      self._read_counts(wait=True)
+    larger = self._next_capacity()
+    if larger == self.capacity:
+      return
+    if self._bound() > self.capacity:
+      self.memory = self._grow(self.memory, larger)
+    elif self._bound() > _COMPILE_AHEAD * self.capacity and self.frames:
+      self._executable(larger, dtype)
+
+  def _bound(self) -> int:
+    """Returns the most pointers that the next frame can lead to."""
+    return self._known + self._tokens * (len(self._pending) + 1)
+
+  def _forget_counts(self) -> None:
+    self._known = 0
+    self._warned = False
+    self._pending = collections.deque()
+
+  def _read_counts(self, wait: bool) -> None:
+    """Takes over the pointer counts of finished frames, or of all."""
+    while self._pending and (wait or self._pending[0][0].is_ready()):
+      count, overflow = self._pending.popleft()
+      if wait and self._pending:
+        continue  # Only the last count matters.
+      self._known = int(count[0])
+      if int(overflow[0]) and not self._warned:
+        self._warned = True
+        logging.getLogger(__name__).warning(
+          "the pointer memory is full at its maximal capacity of %d: new "
+          "pointers are merged into their nearest from frame %d on",
+          self.capacity,
+          self.frames - len(self._pending),
+        )
