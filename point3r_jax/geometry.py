@@ -181,6 +181,7 @@ def estimate_focal(points_camera: jax.Array) -> jax.Array:
   Returns:
     (...) focal lengths in pixels, >= 0; zero where none can be found.
   """
+  points_camera = jnp.asarray(points_camera)
   height, width = points_camera.shape[-3:-1]
   p = _pixel_grid(height, width, points_camera.dtype)
   p = p - jnp.array([width // 2, height // 2], p.dtype)

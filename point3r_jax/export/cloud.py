@@ -83,26 +83,20 @@ def _average(
   Returns:
     A voxel for each distinct key.
   """
-  # The stable kind profits from the ascending runs of keys in an image row.
-  order = np.argsort(key, kind="stable")
-  ordered = key[order]
-  first = np.diff(ordered, prepend=-1) != 0
-  group = np.empty(key.shape, np.int64)
-  group[order] = np.cumsum(first) - 1
+  # Asking for the indices too makes NumPy sort with its stable kind, which
+  # profits from the ascending runs of keys along an image row.
+  unique, _, group = np.unique(key, return_index=True, return_inverse=True)
   total = np.bincount(group, count)
-  means = [
-    np.bincount(group, channel if count is None else channel * count) / total
-    for channel in channels
-  ]
-  return _Voxels(
-    ordered[first],
-    total.astype(np.int64),
-    [mean.astype(np.float32) for mean in means],
-  )
+  means = []
+  for channel in channels:
+    weighted = channel if count is None else channel * count
+    mean = np.bincount(group, weighted) / total
+    means.append(mean.astype(np.float32))
+  return _Voxels(unique, total.astype(np.int64), means)
 
 
 def _fold(held: _Voxels, new: _Voxels) -> _Voxels:
-  """Joins two sets of voxels; may change the arrays of `held`."""
+  """Joins two sets of voxels; updates those of `held` in place."""
   place = np.searchsorted(held.key, new.key)
   met = held.key[np.minimum(place, len(held.key) - 1)] == new.key
   here = place[met]
@@ -114,23 +108,34 @@ def _fold(held: _Voxels, new: _Voxels) -> _Voxels:
     mean[here] = old + share * (other[met] - old)
   if met.all():
     return held
-  missed = ~met
-  target = place[missed] + np.arange(np.count_nonzero(missed))
-  kept = np.ones(len(held.key) + len(target), bool)
-  kept[target] = False
+  missed = np.flatnonzero(~met)
+  size = len(held.key) + len(missed)
+  target = place[missed] + np.arange(len(missed))
+  # Indices, since NumPy assigns through them twice as fast as through a mask.
+  kept = np.delete(np.arange(size), target)
 
   def insert(old: np.ndarray, other: np.ndarray) -> np.ndarray:
-    joined = np.empty(kept.shape, old.dtype)
+    joined = np.empty(size, old.dtype)
     joined[kept] = old
     joined[target] = other[missed]
     return joined
 
-  # One array after the other, so that only one is held twice at a time.
-  for i in range(6):
-    held.means[i] = insert(held.means[i], new.means[i])
   return _Voxels(
-    insert(held.key, new.key), insert(held.count, new.count), held.means
+    insert(held.key, new.key),
+    insert(held.count, new.count),
+    [insert(*pair) for pair in zip(held.means, new.means, strict=True)],
   )
+
+
+def _select(rows: np.ndarray, mask: np.ndarray) -> np.ndarray:
+  """Columns of (R, N) where the mask (N,) is true; no copy if all are."""
+  return rows if mask.all() else rows[:, mask]
+
+
+def _pack(cells: np.ndarray) -> np.ndarray:
+  """Keys (N,) of voxels with integer cell indices (3, N)."""
+  x, y, z = cells + _HALF
+  return x << 2 * _BITS | y << _BITS | z
 
 
 def _parent_keys(key: np.ndarray) -> np.ndarray:
@@ -164,9 +169,10 @@ class VoxelCloud:
   """Gathers coloured points of many frames, one averaged point a voxel.
 
   Position and colour of a voxel are the plain means over all points that fell
-  into it. Points wait in a buffer, so that the cost of sorting them into a large
-  cloud is shared by several frames. When more than `max_points` voxels are occupied, the voxels double in size (cells
-  nest, so the means stay exact) until they are not.
+  into it. Points wait in a buffer, so that several frames share the cost of
+  sorting them into a large cloud. When more than `max_points` voxels are
+  occupied, the voxels double in size (the cells nest, so means remain means of
+  all their points) until no more than that are.
 
   The result does not depend on the order of frames, except through an automatic
   voxel size and through points beyond the range of the voxels of the moment.
@@ -184,10 +190,10 @@ class VoxelCloud:
       voxel_size: Edge length in the unit of the points. None or 0 chooses it
         from the first frame with a finite point: see `automatic_voxel_size`.
       max_points: Bound on the number of points, at least 8 (the cells around
-        the origin never merge). Each takes 40 bytes, about twice that while
-        voxels double.
-      buffer_points: Points added before they are sorted into the cloud; each
-        takes 32 bytes.
+        the origin never merge). Each takes 40 bytes, up to 150 for the moment
+        in which the voxels double.
+      buffer_points: Points buffered before they are sorted into the cloud.
+        Each takes 32 bytes.
     """
     voxel_size = voxel_size or None
     if voxel_size is not None and not 0 < voxel_size < np.inf:
@@ -217,46 +223,26 @@ class VoxelCloud:
       )
     if colors.dtype != np.uint8:
       raise ValueError(f"Colours must be uint8, not {colors.dtype}.")
-    points, colors = points.reshape(-1, 3), colors.reshape(-1, 3)
-    self._added += len(points)
-    finite = np.isfinite(points.T).all(axis=0)
-    if not finite.all():
-      self._non_finite += int(len(points) - np.count_nonzero(finite))
-      points, colors = points[finite], colors[finite]
-    if not len(points):
+    channels = np.empty((6, points.size // 3), np.float32)
+    channels[:3] = points.reshape(-1, 3).T
+    channels[3:] = colors.reshape(-1, 3).T
+    self._added += channels.shape[1]
+    finite = np.isfinite(channels[:3]).all(axis=0)
+    self._non_finite += int(np.count_nonzero(~finite))
+    channels = _select(channels, finite)
+    if not channels.size:
       return
     if self._voxel_size is None:
-      self._voxel_size = automatic_voxel_size(points)
-      _logger.info(
-        "Voxel size %.4g, chosen from the first frame.", self._voxel_size
-      )
-    key, channels = self._assign(points, colors)
-    self._buffer.append((key, channels))
+      self._voxel_size = automatic_voxel_size(channels[:3].T)
+      _logger.info("Automatic voxel size: %.4g.", self._voxel_size)
+    cells = np.floor(channels[:3].astype(np.float64) / self._voxel_size)
+    inside = ((cells >= -_HALF) & (cells < _HALF)).all(axis=0)
+    self._out_of_range += int(np.count_nonzero(~inside))
+    key = _pack(_select(cells, inside).astype(np.int64))
+    self._buffer.append((key, _select(channels, inside)))
     self._buffered += len(key)
     if self._buffered >= self._buffer_points:
       self._compact()
-
-  def _assign(
-    self, points: np.ndarray, colors: np.ndarray
-  ) -> tuple[np.ndarray, np.ndarray]:
-    """Finds each point's voxel; leaves out those beyond the range.
-
-    Args:
-      points: (N, 3) finite positions.
-      colors: (N, 3) uint8.
-
-    Returns:
-      (M,) int64 keys and (6, M) float32 positions and colours.
-    """
-    channels = np.empty((6, len(points)), np.float32)
-    channels[:3], channels[3:] = points.T, colors.T
-    cells = np.floor(channels[:3].astype(np.float64) / self._voxel_size)
-    inside = ((cells >= -_HALF) & (cells < _HALF)).all(axis=0)
-    if not inside.all():
-      self._out_of_range += int(inside.size - np.count_nonzero(inside))
-      cells, channels = cells[:, inside], channels[:, inside]
-    x, y, z = cells.astype(np.int64) + _HALF
-    return x << 2 * _BITS | y << _BITS | z, channels
 
   def _compact(self) -> None:
     """Sorts the buffer into the cloud and keeps the cloud in its bound."""

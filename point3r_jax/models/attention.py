@@ -90,7 +90,10 @@ def _tpu_attention(
   segments = flash.SegmentIds(
     q=jnp.ones((batch, query.shape[2]), jnp.int32), kv=valid.astype(jnp.int32)
   )
-  result = flash.flash_attention(
-    query, key, value, segment_ids=segments, sm_scale=head_dim**-0.5
-  )
+  # The kernel knows these two precisions only.
+  full = query.dtype == jnp.float32
+  with jax.default_matmul_precision("highest" if full else "default"):
+    result = flash.flash_attention(
+      query, key, value, segment_ids=segments, sm_scale=head_dim**-0.5
+    )
   return result.swapaxes(1, 2)[:, :num_queries]

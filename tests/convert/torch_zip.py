@@ -2,12 +2,13 @@
 
 import dataclasses
 import io
+import math
 import pickle
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -70,7 +71,7 @@ class _Storage:
 
   @property
   def numel(self) -> int:
-    return int(np.prod(self.source.shape, dtype=np.int64))
+    return math.prod(self.source.shape)
 
   def elements(self) -> np.ndarray:
     lazy = isinstance(self.source, LazyArray)
@@ -83,7 +84,7 @@ class _Storage:
 # The pickler written in Python, because only it lets globals be written that
 # cannot be imported.
 class _Pickler(pickle._Pickler):
-  dispatch = dict(pickle._Pickler.dispatch)
+  dispatch: ClassVar = dict(pickle._Pickler.dispatch)
 
   def __init__(self, file: io.BytesIO, protocol: int):
     super().__init__(file, protocol)
@@ -107,7 +108,9 @@ class _Pickler(pickle._Pickler):
     if isinstance(obj, Parameter):
       return _rebuild_parameter, (obj.data, True, OrderedDict())
     if isinstance(obj, LazyArray):
-      return self._tensor(obj, obj, 0, None)
+      axes = range(len(obj.shape))
+      stride = tuple(math.prod(obj.shape[axis + 1 :]) for axis in axes)
+      return self._tensor(obj, 0, obj.shape, stride)
     if isinstance(obj, np.ndarray):
       source = obj
       while isinstance(source.base, np.ndarray):
@@ -115,23 +118,17 @@ class _Pickler(pickle._Pickler):
       if not source.flags.c_contiguous or min(obj.strides, default=0) < 0:
         obj = source = np.array(obj, order="C")
       start, address = (a.__array_interface__["data"][0] for a in (source, obj))
-      return self._tensor(obj, source, address - start, obj.strides)
+      offset = (address - start) // obj.itemsize
+      stride = tuple(step // obj.itemsize for step in obj.strides)
+      return self._tensor(source, offset, obj.shape, stride)
     return NotImplemented
 
-  def _tensor(self, array, source, offset, strides):
-    """Reduces a tensor; offset and strides are in bytes."""
-    itemsize = np.dtype(array.dtype).itemsize
-    if strides is None:
-      steps = np.cumprod((1, *array.shape[:0:-1]), dtype=np.int64)[::-1]
-      strides = [int(step) * itemsize for step in steps][-len(array.shape) :]
+  def _tensor(self, source, offset, size, stride):
     storage = self.storages.setdefault(
       id(source), _Storage(str(len(self.storages)), source)
     )
-    stride = tuple(step // itemsize for step in strides[: len(array.shape)])
-    return _rebuild_tensor, (
-      *(storage, offset // itemsize, array.shape, stride),
-      *(False, OrderedDict()),
-    )
+    arguments = (storage, offset, size, stride, False, OrderedDict())
+    return _rebuild_tensor, arguments
 
 
 def write_torch_zip(

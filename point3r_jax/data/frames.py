@@ -1,0 +1,241 @@
+"""A stream of network-sized frames from a video, a folder, a glob or images.
+
+Frames are read one at a time, so a long video costs no more memory than a
+short one. `prefetch` moves the reading to a thread:
+
+  frames = open_frames("walk.mp4", stride=2)
+  for frame in prefetch(frames):
+    prediction = stream(frame.image)
+  print(frames.lost)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import queue
+import random
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from point3r_jax.data import images
+from point3r_jax.data import paths as paths_lib
+from point3r_jax.data.errors import InputError
+from point3r_jax.data.reading import Lost, RawFrame, clip, select
+from point3r_jax.data.video import VideoFile
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+  """One frame, ready for the network.
+
+  Attributes:
+    image: uint8 (H, W, 3) pixels.
+    preparation: How they were made from the source image.
+    source: The image file, relative to the folder that holds all the input
+      images; or the name of the video.
+    index: Number of the frame in the source, before striding.
+    timestamp: Seconds in the video; None for an image file.
+  """
+
+  image: np.ndarray
+  preparation: images.Preparation
+  source: str
+  index: int
+  timestamp: float | None
+
+
+class Reader(Protocol):
+  """Where frames come from; what `VideoFile` and `ImageFiles` have in common.
+
+  Attributes:
+    expected_frames: How many frames will come, or None.
+    lost: What the latest pass over the frames did not get.
+  """
+
+  expected_frames: int | None
+  lost: Lost
+
+  def first(self) -> Image.Image:
+    """An image that stands for the size of all."""
+
+  def frames(self) -> Iterator[RawFrame]:
+    """A fresh pass over the frames."""
+
+
+class ImageFiles:
+  """Image files as a `Reader`. One that cannot be read is an `InputError`."""
+
+  def __init__(
+    self, files: Sequence[Path], wanted: range, shuffle_seed: int | None = None
+  ):
+    """Chooses the files to read; the seed puts these into random order."""
+    indices = list(clip(wanted, len(files)))
+    if not indices:
+      raise InputError(
+        f"{files[0].parent}: has {len(files)} images, none left from"
+        f" {wanted.start}"
+      )
+    if shuffle_seed is not None:
+      random.Random(shuffle_seed).shuffle(indices)
+    names = paths_lib.relative_names(files)
+    self._chosen = [(index, files[index], names[index]) for index in indices]
+    self.expected_frames = len(indices)
+    self.lost = Lost(expected=len(indices))
+
+  def first(self) -> Image.Image:
+    """Loads the first image."""
+    return images.load_image(self._chosen[0][1])
+
+  def frames(self) -> Iterator[RawFrame]:
+    """Loads one image after the other."""
+    for index, path, name in self._chosen:
+      yield RawFrame(images.load_image(path), name, index, None)
+
+
+class FrameSource:
+  """Frames of one size, read anew in every iteration.
+
+  Attributes:
+    image_size: (height, width) of all frames, from the first image of the
+      source. Images of other shapes are scaled and cropped to it.
+    expected_frames: How many frames will come, for a progress bar: exact for
+      images, an estimate for videos, None if unknown.
+    mixed_sizes: Frames of the latest iteration that had to be conformed to
+      `image_size`.
+  """
+
+  def __init__(self, reader: Reader, size: int, crop: bool):
+    """Reads the first image; see `open_frames`."""
+    self._reader = reader
+    self._size = size
+    self._crop = crop
+    first = reader.first()
+    self.image_size = images.network_size((first.height, first.width), size)
+    self.expected_frames = reader.expected_frames
+    self.mixed_sizes = 0
+
+  @property
+  def lost(self) -> Lost:
+    """What the latest iteration could not read; complete at its end."""
+    return self._reader.lost
+
+  def __iter__(self) -> Iterator[Frame]:
+    """Reads and prepares one frame after the other."""
+    self.mixed_sizes = 0
+    with contextlib.closing(self._reader.frames()) as frames:
+      for frame in frames:
+        yield self._prepare(frame)
+
+  def _prepare(self, raw: RawFrame) -> Frame:
+    image = raw.image
+    try:
+      own_size = images.network_size((image.height, image.width), self._size)
+      mixed = own_size != self.image_size
+      pixels, preparation = images.prepare_image(
+        image, self._size, self._crop, self.image_size if mixed else None
+      )
+    except InputError as error:
+      raise InputError(f"{raw.source}: {error}") from None
+    self.mixed_sizes += mixed
+    return Frame(pixels, preparation, raw.source, raw.index, raw.timestamp)
+
+
+def open_frames(
+  inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+  *,
+  size: int = 512,
+  crop: bool = True,
+  stride: int = 1,
+  start: int = 0,
+  end: int | None = None,
+  max_frames: int | None = None,
+  shuffle_seed: int | None = None,
+) -> FrameSource:
+  """Opens a video, or the images of a folder, a glob or a list.
+
+  Args:
+    inputs: One or more names; see `paths.find_files`.
+    size: Network size; see `images.prepare_image`.
+    crop: Whether to crop rather than squeeze to the network size.
+    stride: Every how many frames one is taken.
+    start: Index of the first frame.
+    end: Index after the last frame; may lie beyond the source's end.
+    max_frames: How many frames to take at most.
+    shuffle_seed: Puts the frames so chosen into a random order that depends
+      on the seed alone. Not for videos.
+
+  Returns:
+    The frames, to be iterated over as often as needed.
+
+  Raises:
+    InputError: The input cannot be read, or the values make no sense. Reading
+      on may raise it too: nothing is skipped in silence.
+  """
+  wanted = select(start, end, stride, max_frames)
+  files = paths_lib.find_files(inputs)
+  if not paths_lib.is_video(files[0]):
+    return FrameSource(ImageFiles(files, wanted, shuffle_seed), size, crop)
+  if shuffle_seed is not None:
+    raise InputError(
+      f"{files[0]}: a video cannot be shuffled; extract its frames to a folder"
+      " first"
+    )
+  return FrameSource(VideoFile(files[0], wanted), size, crop)
+
+
+def prefetch(iterable: Iterable[T], depth: int = 4) -> Iterator[T]:
+  """Runs an iterable in a thread that keeps up to `depth` items ready.
+
+  What the iterable raises is raised here, in its turn. Closing the iterator,
+  or leaving a loop that holds the only reference to it, ends the thread after
+  the item at hand.
+  """
+  if depth < 1:
+    raise ValueError(f"depth is {depth}: it must be 1 or more")
+  return _prefetch(iterable, depth)
+
+
+def _prefetch(iterable: Iterable[T], depth: int) -> Iterator[T]:
+  items: queue.SimpleQueue = queue.SimpleQueue()
+  free = threading.Semaphore(depth)
+  stop = threading.Event()
+
+  def work():
+    iterator = iter(())
+    try:
+      iterator = iter(iterable)
+      while True:
+        free.acquire()
+        if stop.is_set():
+          break
+        items.put((next(iterator), None))
+    except BaseException as error:  # StopIteration too: it ends the items.
+      items.put((None, error))
+    finally:
+      # A generator is closed in the thread that ran it.
+      getattr(iterator, "close", lambda: None)()
+
+  thread = threading.Thread(target=work, name="prefetch", daemon=True)
+  thread.start()
+  try:
+    while True:
+      item, error = items.get()
+      if isinstance(error, StopIteration):
+        return
+      if error is not None:
+        raise error
+      free.release()
+      yield item
+  finally:
+    stop.set()
+    free.release()
+    thread.join()

@@ -1,0 +1,236 @@
+"""A video file, decoded one frame at a time through PyAV."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from collections.abc import Iterator
+
+import av
+from PIL import Image
+
+from point3r_jax.data.errors import InputError, one_line
+from point3r_jax.data.reading import Lost, RawFrame, clip
+
+# How much earlier than announced a healthy stream may end: its own duration is
+# exact to a frame or so, that of the container covers the sound as well.
+_STREAM_TOLERANCE_FRAMES = 2.0
+_CONTAINER_TOLERANCE_SECONDS = 0.5
+
+
+class VideoFile:
+  """The wanted frames of a video, upright and in square pixels.
+
+  Frames are decoded in order from the first one, so indices are exact, and
+  nothing but the decoder's own few frames is held in memory. What does not
+  decode is skipped and counted.
+
+  Attributes:
+    expected_frames: About how many frames will come, or None.
+    lost: What the latest pass over the frames did not get.
+  """
+
+  def __init__(self, path: str | os.PathLike[str], wanted: range):
+    """Opens the video and closes it again.
+
+    Args:
+      path: The file.
+      wanted: Indices of the frames to deliver; may reach beyond the end.
+
+    Raises:
+      InputError: The file is no readable video, or ends before `wanted`.
+    """
+    self.path = os.fspath(path)
+    self.lost = Lost()
+    self._wanted = wanted
+    with _open(self.path) as (container, stream):
+      self._count = _stored_count(container, stream)
+      estimate = self._count or _estimated_count(container, stream)
+    self.expected_frames = None
+    if estimate is not None:
+      self.expected_frames = len(clip(wanted, estimate))
+    if self._count and wanted.start >= self._count:
+      raise self._too_short(self._count)
+
+  def first(self) -> Image.Image:
+    """Decodes the first frame that can be decoded."""
+    with _open(self.path) as (_, stream):
+      for _, frame in _decode(stream, Lost()):
+        return _to_image(frame, stream)
+    raise InputError(f"{self.path}: none of its frames can be decoded")
+
+  def frames(self) -> Iterator[RawFrame]:
+    """Decodes the wanted frames in a fresh pass.
+
+    Raises:
+      InputError: The video ends before the first of them.
+    """
+    self.lost = lost = Lost(expected=self._count)
+    name = os.path.basename(self.path)
+    decoded, delivered, time = 0, 0, None
+    with _open(self.path) as (container, stream):
+      for index, frame in _decode(stream, lost):
+        decoded, time = decoded + 1, frame.time
+        if index in self._wanted:
+          yield RawFrame(_to_image(frame, stream), name, index, time)
+          delivered += 1
+        if index >= self._wanted[-1]:
+          return
+      seen = decoded + lost.frames
+      missing = _missing_at_end(container, stream, time)
+      if self._count:
+        missing = self._count - seen
+      lost.frames += max(0, min(missing, self._wanted.stop - seen))
+    if not delivered:
+      raise self._too_short(decoded)
+
+  def _too_short(self, count: int) -> InputError:
+    return InputError(
+      f"{self.path}: has {count} frames, none left from {self._wanted.start}"
+    )
+
+
+@contextlib.contextmanager
+def _open(
+  path: str,
+) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+  """Opens a video and finds its main video stream."""
+  try:
+    # The prefix keeps FFmpeg from reading a protocol into the file's name.
+    container = av.open(f"file:{path}", metadata_errors="replace")
+  except (av.FFmpegError, OSError) as error:
+    raise InputError(
+      f"{path}: cannot open the video ({_reason(error)}); is the file complete?"
+    ) from error
+  with container:
+    stream = container.streams.best("video")
+    if stream is None:
+      raise InputError(f"{path}: has no video stream")
+    if stream.codec_context is None:
+      raise InputError(f"{path}: is in a format that FFmpeg cannot decode")
+    stream.thread_type = "AUTO"
+    yield container, stream
+
+
+def _decode(
+  stream: av.VideoStream, lost: Lost
+) -> Iterator[tuple[int, av.VideoFrame]]:
+  """Yields (index, frame) of all intact frames; counts the others as lost."""
+  decoded = 0
+  for packet in _packets(stream, lost):
+    try:
+      # With frame threads a packet cut short costs its neighbours too.
+      if packet is not None and packet.is_corrupt:
+        raise av.InvalidDataError(0, "truncated packet")
+      frames = stream.decode(packet)
+    except av.FFmpegError as error:
+      lost.frames += 1
+      lost.error = _reason(error)
+      continue
+    for frame in frames:
+      if frame.is_corrupt:
+        lost.frames += 1
+        lost.error = "damaged frame"
+      else:
+        yield decoded + lost.frames, frame
+        decoded += 1
+
+
+def _packets(stream: av.VideoStream, lost: Lost) -> Iterator[av.Packet | None]:
+  """The packets of a stream as far as they can be read, None to flush."""
+  try:
+    yield from (p for p in stream.container.demux(stream) if p.size)
+  except av.FFmpegError as error:
+    lost.error = _reason(error)
+  yield None
+
+
+def _to_image(frame: av.VideoFrame, stream: av.VideoStream) -> Image.Image:
+  """Converts a frame to RGB with square pixels, turned as it is displayed."""
+  image = Image.fromarray(frame.to_ndarray(format="rgb24"))
+  aspect = float(stream.sample_aspect_ratio or 1)
+  if abs(aspect - 1) > 0.01:  # Less is rounding by the encoder.
+    width = round(image.width * max(aspect, 1))
+    height = round(image.height / min(aspect, 1))
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+  for data in frame.side_data:
+    if data.type.name == "DISPLAYMATRIX":
+      image = _displayed(image, bytes(data))
+  return image
+
+
+def _displayed(image: Image.Image, matrix: bytes) -> Image.Image:
+  """Applies a display matrix: x' = a x + c y, y' = b x + d y, y downwards."""
+  a, b, _, c, d = struct.unpack("=5i", matrix[:20])
+  if abs(a) < abs(b):
+    image = image.transpose(Image.Transpose.TRANSPOSE)
+    a, d = c, b
+  if a < 0:
+    image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+  if d < 0:
+    image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+  return image
+
+
+def _stored_count(
+  container: av.container.InputContainer, stream: av.VideoStream
+) -> int | None:
+  """The number of frames that the container states."""
+  if "mov" in container.format.name.split(","):
+    # The header counts what an edit list has cut off, the index does not.
+    index = getattr(stream, "index_entries", ())
+    shown = sum(not entry.is_discard for entry in index)
+    if 0 < shown < stream.frames:
+      return shown
+  return stream.frames or None
+
+
+def _estimated_count(
+  container: av.container.InputContainer, stream: av.VideoStream
+) -> int | None:
+  """The number of frames by duration and rate."""
+  duration = _own_duration(stream) or _duration(container)
+  rate = stream.average_rate
+  return round(duration * float(rate)) or None if duration and rate else None
+
+
+def _missing_at_end(
+  container: av.container.InputContainer,
+  stream: av.VideoStream,
+  last: float | None,
+) -> int:
+  """Estimates from timestamps how many frames a cut has cost."""
+  if last is None or not stream.average_rate:
+    return 0
+  rate = float(stream.average_rate)
+  tolerance = _STREAM_TOLERANCE_FRAMES / rate
+  duration = _own_duration(stream)
+  if not duration:
+    duration, tolerance = _duration(container), _CONTAINER_TOLERANCE_SECONDS
+  start = (container.start_time or 0) / av.time_base
+  gap = start + duration - last - 1 / rate
+  return round(gap * rate) if gap > tolerance else 0
+
+
+def _own_duration(stream: av.VideoStream) -> float:
+  """Seconds that the stream itself states, or 0."""
+  if stream.duration:
+    return float(stream.duration * stream.time_base)
+  # Matroska keeps it as a tag: 00:01:02.500000000.
+  fields = stream.metadata.get("DURATION", "").split(":")
+  try:
+    hours, minutes, seconds = map(float, fields)
+  except ValueError:
+    return 0.0
+  return 3600 * hours + 60 * minutes + seconds
+
+
+def _duration(container: av.container.InputContainer) -> float:
+  """Seconds that the container states, or 0."""
+  return (container.duration or 0) / av.time_base
+
+
+def _reason(error: BaseException) -> str:
+  """What FFmpeg says, without error number and file name."""
+  return getattr(error, "strerror", None) or one_line(error)

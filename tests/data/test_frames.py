@@ -1,0 +1,521 @@
+"""Tests of point3r_jax.data.frames and what it is made of."""
+
+import itertools
+import struct
+import threading
+import time
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from point3r_jax.data import video
+from point3r_jax.data.errors import InputError
+from point3r_jax.data.frames import FrameSource, open_frames, prefetch
+from point3r_jax.data.paths import find_files
+
+FASTSTART = {"movflags": "faststart"}
+
+
+def save_image(path, size=(64, 48), grey=0):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.new("RGB", size, (grey, grey, grey)).save(path)
+  return path
+
+
+def save_video(
+  path, count=30, codec="mpeg4", size=(64, 48), times=None, options=None
+):
+  """Frame i is grey with value 8 i, under noise; times are milliseconds."""
+  rng = np.random.default_rng(0)
+  time_base = Fraction(1, 1000 if times else 30)
+  with av.open(str(path), "w", options=options or {}) as container:
+    stream = container.add_stream(codec, rate=30)
+    stream.width, stream.height = size
+    stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
+    stream.codec_context.time_base = time_base
+    for i in range(count):
+      pixels = rng.integers(0, 8, (size[1], size[0], 3)) + 8 * (i % 31)
+      frame = av.VideoFrame.from_ndarray(pixels.astype(np.uint8), "rgb24")
+      frame.pts = times[i] if times else i
+      frame.time_base = time_base
+      container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+  return path
+
+
+def cut(path, fraction=0.6):
+  whole = path.read_bytes()
+  path.write_bytes(whole[: int(len(whole) * fraction)])
+  return path
+
+
+def indices(source):
+  return [frame.index for frame in source]
+
+
+def greys(source):
+  return [round(float(frame.image.mean()) / 8) for frame in source]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+  return save_video(tmp_path_factory.mktemp("clip") / "clip.mp4")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """Twelve images whose order by name is not the natural one."""
+  path = tmp_path_factory.mktemp("folder")
+  for i in range(12):
+    save_image(path / f"img{i}.{'JPG' if i % 2 else 'png'}", grey=8 * i)
+  (path / "notes.txt").write_text("no image")
+  (path / "._img0.png").write_text("left by a Mac")
+  return path
+
+
+class TestImages:
+  def test_folder_in_natural_order(self, folder):
+    source = open_frames(folder, size=64)
+    assert source.image_size == (48, 64)
+    assert source.expected_frames == 12
+    frames = list(source)
+    assert [f.index for f in frames] == list(range(12))
+    assert [f.source for f in frames][:3] == [
+      "img0.png",
+      "img1.JPG",
+      "img2.png",
+    ]
+    assert frames[10].source == "img10.png"
+    assert greys(source) == list(range(12))  # A second pass.
+    assert frames[0].image.dtype == np.uint8
+    assert frames[0].timestamp is None
+    assert frames[0].preparation.source_size == (48, 64)
+    assert source.lost.frames == source.mixed_sizes == 0
+
+  def test_selection(self, folder):
+    def chosen(**options):
+      source = open_frames(str(folder), size=64, **options)
+      found = indices(source)
+      assert source.expected_frames == len(found)
+      return found
+
+    assert chosen(stride=5) == [0, 5, 10]
+    assert chosen(start=3, end=9, stride=2) == [3, 5, 7]
+    assert chosen(start=10, end=99) == [10, 11]
+    assert chosen(stride=3, max_frames=2) == [0, 3]
+
+  def test_shuffle_depends_on_the_seed(self, folder):
+    first = indices(open_frames(folder, size=64, shuffle_seed=1, end=8))
+    again = indices(open_frames(folder, size=64, shuffle_seed=1, end=8))
+    other = indices(open_frames(folder, size=64, shuffle_seed=2, end=8))
+    assert first == again != other
+    assert sorted(first) == sorted(other) == list(range(8))
+
+  def test_glob(self, folder, tmp_path):
+    found = open_frames(str(folder / "*.png"), size=64)
+    assert [f.source for f in found][-2:] == ["img8.png", "img10.png"]
+    for name in ["b/2.png", "b/10.png", "a/c/1.png", "0.png"]:
+      save_image(tmp_path / name)
+    found = open_frames(f"{tmp_path}/**/*", size=64)
+    assert sorted(f.source for f in found) == sorted(
+      ["0.png", "a/c/1.png", "b/2.png", "b/10.png"]
+    )
+
+  def test_glob_characters_in_a_name(self, tmp_path):
+    path = save_image(tmp_path / "img[1].png")
+    assert find_files(str(path)) == [path]
+
+  def test_several_inputs_keep_their_order(self, folder, tmp_path):
+    extra = save_image(tmp_path / "extra.png")
+    inputs = [str(extra), folder / "img3.JPG", str(folder / "img1*.png")]
+    names = [path.name for path in find_files(inputs)]
+    assert names == ["extra.png", "img3.JPG", "img10.png"]
+    assert len({f.source for f in open_frames(inputs, size=64)}) == 3
+
+  def test_mixed_sizes_conform_to_the_first(self, tmp_path):
+    for i, size in enumerate([(64, 48), (128, 96), (48, 64), (640, 100)]):
+      save_image(tmp_path / f"{i}.png", size)
+    source = open_frames(tmp_path, size=64)
+    frames = list(source)
+    assert {frame.image.shape for frame in frames} == {(48, 64, 3)}
+    assert source.mixed_sizes == 2
+    assert frames[2].preparation.resized_size == (85, 64)
+
+  def test_unreadable_image_is_named(self, tmp_path):
+    for i in range(3):
+      save_image(tmp_path / f"{i}.png", (64, 48))
+    cut(tmp_path / "1.png")
+    frames = iter(open_frames(tmp_path, size=64))
+    assert next(frames).index == 0
+    with pytest.raises(InputError, match=r"1\.png: cannot read"):
+      next(frames)
+
+  def test_elongated_image_is_named(self, tmp_path):
+    save_image(tmp_path / "0.png")
+    save_image(tmp_path / "1.png", (900, 2))
+    with pytest.raises(InputError, match=r"1\.png: .*elongated"):
+      list(open_frames(tmp_path, size=64))
+
+
+class TestErrors:
+  @pytest.mark.parametrize(
+    "options, word",
+    [
+      (dict(stride=0), "stride"),
+      (dict(stride=-1), "stride"),
+      (dict(start=-1), "start"),
+      (dict(start=5, end=5), "end"),
+      (dict(max_frames=0), "max_frames"),
+      (dict(start=12), "12 images, none left"),
+      (dict(size=500), "multiple of 16"),
+    ],
+  )
+  def test_options(self, folder, options, word):
+    with pytest.raises(InputError, match=word):
+      open_frames(folder, **options)
+
+  def test_inputs(self, folder, clip, tmp_path):
+    def says(inputs, message):
+      with pytest.raises(InputError, match=message) as caught:
+        open_frames(inputs)
+      assert "\n" not in str(caught.value)
+
+    says([], "no input")
+    says("", "no input")
+    says(tmp_path / "none", "none: no such file or folder")
+    says(f"{folder}/*.webp", "matches no image")
+    says(folder / "notes.txt", r"notes\.txt: neither")
+    says([folder, folder / "notes.txt"], r"notes\.txt: neither")
+    says(tmp_path, "has no images")
+    says(clip.parent, r"no images but videos \(clip\.mp4\)")
+    says([clip, folder], "a single video")
+    says([clip, clip], "a single video")
+    (tmp_path / "inner").mkdir()
+    says(tmp_path, r"subfolders write '.*/\*\*/\*\.jpg'")
+
+
+class TestVideo:
+  @pytest.mark.parametrize(
+    "name, codec",
+    [
+      *[("a.mp4", "mpeg4"), ("a.mp4", "libx264"), ("a.mov", "libx264")],
+      *[("a.mkv", "libx264"), ("a.webm", "libvpx")],
+      *[("a.avi", "mpeg4"), ("a.gif", "gif")],
+    ],
+  )
+  def test_containers(self, tmp_path, name, codec):
+    path = save_video(tmp_path / name, 12, codec)
+    source = open_frames(path, size=64)
+    assert source.image_size == (48, 64)
+    assert source.expected_frames == 12
+    frames = list(source)
+    assert [f.index for f in frames] == list(range(12))
+    assert {f.source for f in frames} == {name}
+    np.testing.assert_allclose(
+      [f.timestamp for f in frames], np.arange(12) / 30, atol=0.01
+    )
+    if codec != "gif":
+      np.testing.assert_allclose(greys(source), np.arange(12), atol=1)
+    assert source.lost.frames == 0
+    assert str(source.lost) == "no frame lost"
+
+  def test_selection(self, clip):
+    def chosen(**options):
+      source = open_frames(clip, size=64, **options)
+      found = indices(source)
+      assert source.expected_frames == len(found)
+      assert source.lost.frames == 0
+      return found
+
+    assert chosen(start=20, stride=4) == [20, 24, 28]
+    assert chosen(start=3, end=9, stride=2) == [3, 5, 7]
+    assert chosen(stride=10, max_frames=2) == [0, 10]
+    assert chosen(start=28, end=99) == [28, 29]
+    source = open_frames(str(clip), size=64, start=20, stride=4)
+    np.testing.assert_allclose(greys(source), [20, 24, 28], atol=1)
+
+  def test_a_glob_may_find_the_video(self, clip):
+    assert len(list(open_frames(f"{clip.parent}/*.mp4", size=64))) == 30
+
+  def test_no_shuffling(self, clip):
+    with pytest.raises(InputError, match="cannot be shuffled"):
+      open_frames(clip, shuffle_seed=0)
+
+  def test_start_beyond_the_end(self, clip, tmp_path):
+    with pytest.raises(InputError, match="has 30 frames, none left from 30"):
+      open_frames(clip, start=30)
+    uncounted = save_video(tmp_path / "a.mkv")
+    with pytest.raises(InputError, match="has 30 frames, none left from 40"):
+      list(open_frames(uncounted, start=40))
+
+  @pytest.mark.parametrize("name", ["a.mkv", "a.mp4"])
+  def test_variable_frame_rate(self, tmp_path, name):
+    times = [0, 33, 100, 110, 400, 433, 500, 600, 700, 1500]
+    path = save_video(tmp_path / name, 10, "libx264", times=times)
+    source = open_frames(path, size=64)
+    np.testing.assert_allclose(
+      [frame.timestamp for frame in source], np.array(times) / 1000, atol=0.001
+    )
+    assert source.lost.frames == 0
+
+  def test_colon_in_the_name(self, tmp_path):
+    path = save_video(tmp_path / "rec 12:30.mp4", 2)
+    assert len(list(open_frames(path, size=64))) == 2
+
+  def test_closes_the_file_when_left(self, clip):
+    frames = iter(open_frames(clip, size=64))
+    next(frames)
+    frames.close()
+    with pytest.raises(StopIteration):
+      next(frames)
+
+
+# Display matrices (a, b, c, d) and what they do to an array.
+TURNS = {
+  "upright": ((1, 0, 0, 1), lambda x: x),
+  "clockwise": ((0, 1, -1, 0), lambda x: np.rot90(x, -1)),
+  "half": ((-1, 0, 0, -1), lambda x: np.rot90(x, 2)),
+  "counterclockwise": ((0, -1, 1, 0), lambda x: np.rot90(x, 1)),
+  "mirrored": ((-1, 0, 0, 1), lambda x: x[:, ::-1]),
+  "transposed": ((0, 1, 1, 0), lambda x: x.transpose(1, 0, 2)),
+}
+
+
+def pack_matrix(a, b, c, d, order):
+  one = 1 << 16
+  rows = [a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30]
+  return struct.pack(f"{order}9i", *rows)
+
+
+class TestOrientation:
+  @pytest.mark.parametrize("name", TURNS)
+  def test_display_matrix(self, name):
+    matrix, turned = TURNS[name]
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    shown = video._displayed(
+      Image.fromarray(pixels), pack_matrix(*matrix, order="=")
+    )
+    np.testing.assert_array_equal(np.asarray(shown), turned(pixels))
+
+  @pytest.mark.parametrize("name", TURNS)
+  def test_phone_video(self, tmp_path, name):
+    matrix, turned = TURNS[name]
+    path = save_video(tmp_path / "a.mp4", 2)
+    plain = next(open_frames(path, size=64).__iter__()).image
+    data = path.read_bytes()
+    identity = pack_matrix(1, 0, 0, 1, order=">")
+    place = data.index(identity, data.index(b"tkhd"))
+    path.write_bytes(
+      data[:place]
+      + pack_matrix(*matrix, order=">")
+      + data[place + len(identity) :]
+    )
+    source = open_frames(path, size=64)
+    shown = next(iter(source)).image
+    assert shown.shape[:2] == source.image_size
+    np.testing.assert_array_equal(shown, turned(plain))
+
+  def test_pixels_become_square(self, tmp_path):
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+      stream = container.add_stream("mpeg4", rate=30)
+      stream.width, stream.height, stream.pix_fmt = 48, 48, "yuv420p"
+      stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
+      frame = av.VideoFrame(48, 48, "yuv420p")
+      container.mux(stream.encode(frame))
+      container.mux(stream.encode())
+    frame = next(iter(open_frames(path, size=64)))
+    assert frame.preparation.source_size == (48, 64)
+
+
+class TestDamage:
+  @pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
+  def test_cut_mp4_gives_what_is_there(self, tmp_path, codec):
+    path = save_video(tmp_path / "a.mp4", 60, codec, options=FASTSTART)
+    source = open_frames(cut(path), size=64)
+    assert source.expected_frames == 60
+    count = len(list(source))
+    assert 10 < count < 50
+    assert source.lost.frames == 60 - count
+    assert source.lost.expected == 60
+    assert f"{60 - count} of 60 frames lost (" in str(source.lost)
+    list(source)
+    assert source.lost.frames == 60 - count  # Not added up over passes.
+
+  @pytest.mark.parametrize(
+    "name, codec", [("a.mkv", "mpeg4"), ("a.webm", "libvpx")]
+  )
+  def test_cut_mkv_estimates_the_loss(self, tmp_path, name, codec):
+    path = save_video(tmp_path / name, 60, codec)
+    source = open_frames(cut(path), size=64)
+    count = len(list(source))
+    assert 10 < count < 50
+    assert abs(source.lost.frames - (60 - count)) <= 1
+
+  def test_loss_counts_only_what_was_wanted(self, tmp_path):
+    path = save_video(tmp_path / "a.mp4", 60, options=FASTSTART)
+    cut(path)
+    source = open_frames(path, size=64, end=5)
+    assert len(list(source)) == 5
+    assert source.lost.frames == 0
+    source = open_frames(path, size=64, end=50)
+    assert source.lost.frames == 50 - len(list(source))
+
+  def test_damage_in_the_middle(self, tmp_path):
+    path = save_video(tmp_path / "a.mp4", 30, "libx264")
+    with av.open(str(path)) as container:
+      packets = [(p.pos, p.size) for p in container.demux() if p.size]
+    data = bytearray(path.read_bytes())
+    position, size = packets[12]
+    data[position : position + size] = b"\xff" * size
+    path.write_bytes(data)
+    source = open_frames(path, size=64)
+    found = indices(source)
+    assert len(found) == 29
+    assert found == sorted(set(found)) and found[-1] == 29
+    assert source.lost.frames == 1
+    assert source.lost.error
+
+  def test_reading_fails_half_way(self, clip, monkeypatch):
+    def failing(stream, lost):
+      yield from itertools.islice(packets(stream, lost), 10)
+      lost.error = "Input/output error"
+      yield None
+
+    packets = video._packets
+    monkeypatch.setattr(video, "_packets", failing)
+    source = open_frames(clip, size=64)
+    count = len(list(source))
+    assert 0 < count <= 10
+    assert source.lost.frames == 30 - count
+
+  def test_trimmed_by_an_edit_list_is_no_loss(self, tmp_path):
+    path = save_video(tmp_path / "a.mp4", 60, "libx264")
+    data = bytearray(path.read_bytes())
+    place = data.index(b"elst") + 4 + 8
+    _, media_time = struct.unpack(">Ii", data[place : place + 8])
+    edit = struct.pack(">Ii", 1000, media_time + 7 * 512)
+    data[place : place + 8] = edit
+    path.write_bytes(data)
+    source = open_frames(path, size=64)
+    assert len(list(source)) == 30
+    assert source.lost.frames == 0
+
+  def test_no_video_inside(self, tmp_path):
+    cut(save_video(tmp_path / "cut.mp4"))  # Its index was at the end.
+    (tmp_path / "text.mp4").write_text("hello\n" * 100)
+    (tmp_path / "empty.mkv").write_bytes(b"")
+    for name in ["cut.mp4", "text.mp4", "empty.mkv"]:
+      with pytest.raises(InputError, match=f"{name}: cannot open the video"):
+        open_frames(tmp_path / name)
+
+  def test_sound_only(self, tmp_path):
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+      stream = container.add_stream("aac", rate=48000, layout="mono")
+      frame = av.AudioFrame.from_ndarray(
+        np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+      )
+      frame.sample_rate = 48000
+      container.mux(stream.encode(frame))
+      container.mux(stream.encode())
+    with pytest.raises(InputError, match="no video stream"):
+      open_frames(path)
+
+  def test_nothing_decodes(self, tmp_path):
+    path = save_video(tmp_path / "a.mp4", 3, "libx264")
+    with av.open(str(path)) as container:
+      packets = [(p.pos, p.size) for p in container.demux() if p.size]
+    data = bytearray(path.read_bytes())
+    for position, size in packets:
+      data[position : position + size] = b"\xff" * size
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="none of its frames"):
+      open_frames(path)
+
+
+def prefetch_threads():
+  return [t for t in threading.enumerate() if t.name == "prefetch"]
+
+
+class TestPrefetch:
+  @pytest.fixture(autouse=True)
+  def no_thread_is_left(self):
+    yield
+    assert not prefetch_threads()
+
+  def test_order(self):
+    assert list(prefetch(range(100), 3)) == list(range(100))
+    assert list(prefetch([])) == []
+
+  def test_frames(self, clip):
+    source: FrameSource = open_frames(clip, size=64)
+    assert indices(prefetch(source)) == list(range(30))
+
+  def test_runs_ahead_but_not_further_than_depth(self):
+    made = []
+
+    def items():
+      for i in range(100):
+        made.append(i)
+        yield i
+
+    ready = prefetch(items(), depth=3)
+    assert not made
+    assert next(ready) == 0
+    deadline = time.monotonic() + 5
+    while len(made) < 4 and time.monotonic() < deadline:
+      time.sleep(0.01)
+    time.sleep(0.05)
+    assert len(made) == 4
+    ready.close()
+
+  def test_exception_comes_in_its_turn(self):
+    def items():
+      yield 1
+      yield 2
+      raise InputError("broken")
+
+    ready = prefetch(items())
+    assert next(ready) == 1
+    time.sleep(0.05)
+    assert next(ready) == 2
+    with pytest.raises(InputError, match="broken"):
+      next(ready)
+
+  def test_not_iterable(self):
+    with pytest.raises(TypeError):
+      list(prefetch(None))
+
+  @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+  def test_consumer_leaves(self, error):
+    closed = []
+
+    def items():
+      try:
+        yield from itertools.count()
+      finally:
+        closed.append(threading.current_thread().name)
+
+    with pytest.raises(error):
+      for i in prefetch(items(), depth=2):
+        if i == 5:
+          raise error
+    for i in prefetch(items(), depth=2):
+      if i == 5:
+        break
+    deadline = time.monotonic() + 5
+    while prefetch_threads() and time.monotonic() < deadline:
+      time.sleep(0.01)
+    assert closed == ["prefetch"] * 2
+
+  def test_never_started(self):
+    prefetch(range(3))
+    assert not prefetch_threads()
+
+  def test_depth(self):
+    with pytest.raises(ValueError, match="depth"):
+      prefetch([], depth=0)

@@ -1,0 +1,49 @@
+"""A model of a few thousand parameters: compiles fast, does everything."""
+
+import functools
+
+import jax
+import numpy as np
+
+import point3r_jax as p3r
+
+CONFIG = p3r.ModelConfig(
+  image_size=64,
+  encoder_width=32,
+  encoder_depth=2,
+  encoder_heads=2,
+  decoder_width=48,
+  decoder_depth=4,
+  decoder_heads=2,
+  pointer_heads=4,
+  value_depth=2,
+  pose_slots=4,
+  dpt_widths=(8, 8, 8, 8),
+  dpt_features=8,
+  dpt_head_width=8,
+)
+IMAGE_SIZE = (32, 48)
+TOKENS = 6
+
+
+@functools.cache
+def params(seed: int = 0) -> dict:
+  """Returns random parameters whose point maps spread over a room."""
+  rng = np.random.default_rng(seed)
+
+  def draw(x):
+    return rng.normal(size=x.shape, scale=0.5 * x.shape[0] ** -0.5).astype(
+      np.float32
+    )
+
+  shapes = jax.eval_shape(lambda: p3r.init_params(CONFIG))
+  return jax.device_put(jax.tree.map(draw, shapes))
+
+
+def images(frames: int, batch: int, seed: int = 0) -> np.ndarray:
+  """Returns (T, B, H, W, 3) uint8 images: noise on smooth gradients."""
+  rng = np.random.default_rng(seed)
+  shape = (frames, batch, *IMAGE_SIZE, 3)
+  smooth = np.linspace(0, 128, IMAGE_SIZE[1])[:, None]
+  level = rng.uniform(0, 64, (frames, batch, 1, 1, 3))
+  return (rng.uniform(0, 64, shape) + smooth + level).astype(np.uint8)

@@ -1,0 +1,300 @@
+"""Step and scan: independence, options, gradients, compilation, lowering."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import point3r_jax as p3r
+from point3r_jax import streaming
+from point3r_jax.params import cast_params, stack_layers
+from tests import micro
+
+FRAMES, CAPACITY = 5, 5 * micro.TOKENS
+
+
+def new_memory(batch=1, capacity=CAPACITY):
+  return p3r.init_memory(micro.CONFIG, batch, micro.IMAGE_SIZE, capacity)
+
+
+def scan(images, params=None, memory=None, config=micro.CONFIG, **options):
+  memory = new_memory(images.shape[1]) if memory is None else memory
+  return p3r.scan(config, params or micro.params(), memory, images, **options)
+
+
+def assert_close(x, y, atol=1e-5):
+  chex.assert_trees_all_close(x, y, atol=atol, rtol=1e-5)
+
+
+def sample(tree, b):
+  """Returns one sample of a prediction with axes (T, B, …)."""
+  return jax.tree.map(lambda x: x[:, b : b + 1], tree)
+
+
+def test_scan_equals_steps_and_gives_the_contract_shapes():
+  images = micro.images(FRAMES, 2)
+  memory, predictions = scan(images)
+  height, width = micro.IMAGE_SIZE
+  chex.assert_shape(predictions.points_camera, (FRAMES, 2, height, width, 3))
+  chex.assert_shape(predictions.confidence_camera, (FRAMES, 2, height, width))
+  chex.assert_shape(predictions.points_world, (FRAMES, 2, height, width, 3))
+  chex.assert_shape(predictions.confidence_world, (FRAMES, 2, height, width))
+  chex.assert_shape(predictions.pose, (FRAMES, 2, 7))
+  chex.assert_tree_all_finite(predictions)
+
+  stepped = new_memory(2)
+  for frame, image in enumerate(images):
+    stepped, prediction = p3r.step(
+      micro.CONFIG, micro.params(), stepped, image
+    )
+    expected = jax.tree.map(lambda x, t=frame: x[t], predictions)
+    assert_close(prediction, expected)
+  assert_close(stepped, memory)
+  np.testing.assert_array_equal(memory.frame, FRAMES)
+
+
+def test_fusion_does_something_here():
+  """Guards the tests of this file: memories grow, and by less than all."""
+  memory, _ = scan(micro.images(FRAMES, 2))
+  assert (memory.count > micro.TOKENS).all()
+  assert (memory.count < FRAMES * micro.TOKENS).all()
+
+
+def test_samples_are_independent():
+  images = micro.images(FRAMES, 3)
+  _, together = scan(images)
+  for b in range(3):
+    _, alone = scan(images[:, b : b + 1])
+    assert_close(sample(together, b), alone)
+
+
+def test_streams_may_start_and_reset_at_different_frames():
+  images = micro.images(FRAMES, 2)
+  resets = np.zeros((FRAMES, 2), bool)
+  resets[2, 1] = True
+  _, together = scan(images, resets=resets)
+  _, steady = scan(images[:, :1])
+  _, before = scan(images[:2, 1:])
+  _, after = scan(images[2:, 1:])
+  assert_close(sample(together, 0), steady)
+  parts = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), before, after)
+  assert_close(sample(together, 1), parts)
+
+
+def test_capacity_does_not_change_results():
+  images = micro.images(FRAMES, 1)
+  _, tight = scan(images)
+  _, wide = scan(images, memory=new_memory(capacity=2 * CAPACITY))
+  assert_close(tight, wide)
+
+
+def test_garbage_in_padded_rows_changes_nothing():
+  images = micro.images(FRAMES, 1)
+  memory = new_memory()
+  dirty = memory.replace(
+    position=memory.position + 1e3, feature=memory.feature - 1e3
+  )
+  _, expected = scan(images, memory=memory)
+  _, predictions = scan(images, memory=dirty)
+  assert_close(predictions, expected)
+
+
+def test_overflow_is_counted_and_bounded():
+  memory, predictions = scan(
+    micro.images(FRAMES, 1),
+    memory=new_memory(capacity=2 * micro.TOKENS),
+    fusion=False,
+  )
+  assert memory.count[0] == 2 * micro.TOKENS
+  assert memory.overflow[0] == (FRAMES - 2) * micro.TOKENS
+  np.testing.assert_array_equal(predictions.overflow[:2], 0)
+  chex.assert_tree_all_finite(predictions)
+
+
+def test_without_fusion_all_pointers_are_kept():
+  memory, predictions = scan(micro.images(FRAMES, 1), fusion=False)
+  expected = micro.TOKENS * np.arange(1, FRAMES + 1)
+  np.testing.assert_array_equal(predictions.pointer_count[:, 0], expected)
+  assert memory.overflow[0] == 0
+
+
+def test_a_larger_divisor_keeps_more_pointers():
+  images = micro.images(FRAMES, 1)
+  few, many = (scan(images, fusion_divisor=d)[0].count[0] for d in (3.0, 200.0))
+  assert few < many
+
+
+def test_rotary_changes_all_but_the_first_frame():
+  images = micro.images(2, 1)
+  _, on = scan(images)
+  _, off = scan(images, rotary=False)
+  assert_close(on.pose[0], off.pose[0])
+  assert np.abs(on.pose[1] - off.pose[1]).max() > 1e-4
+
+
+def test_heads_choose_what_is_computed():
+  images = micro.images(2, 1)
+  _, both = scan(images)
+  _, world = scan(images, heads="world")
+  _, camera = scan(images, heads="camera")
+  assert world.points_camera is None and world.confidence_camera is None
+  assert camera.points_world is None and camera.confidence_world is None
+  assert_close(world.points_world, both.points_world)
+  assert_close(camera.points_camera, both.points_camera)
+
+  def flops(heads):
+    lowered = streaming._step.lower(
+      micro.CONFIG,
+      p3r.StepOptions(heads=heads),
+      micro.params(),
+      new_memory(),
+      images[0],
+    )
+    return lowered.cost_analysis()["flops"]
+
+  assert flops("world") < flops("both")
+
+
+def test_uint8_and_float_images_agree():
+  images = micro.images(2, 1)
+  _, expected = scan(images)
+  _, predictions = scan((images / 127.5 - 1).astype(np.float32))
+  assert_close(predictions, expected)
+
+
+def test_scanned_layers_equal_unrolled_ones():
+  images = micro.images(2, 1)
+  _, expected = scan(images)
+  _, predictions = scan(
+    images,
+    params=stack_layers(micro.params()),
+    config=micro.CONFIG.replace(scan_layers=True),
+  )
+  assert_close(predictions, expected)
+
+
+def test_bfloat16_is_close_and_the_same_with_cast_params():
+  images = micro.images(1, 1)
+  _, exact = scan(images)
+  _, rounded = scan(images, precision="bfloat16")
+  _, cast = scan(
+    images,
+    params=cast_params(micro.params(), "bfloat16"),
+    precision="bfloat16",
+  )
+  chex.assert_trees_all_equal(rounded, cast)
+  assert rounded.points_world.dtype == jnp.float32
+  error = np.abs(rounded.points_world - exact.points_world).mean()
+  size = np.linalg.norm(exact.points_world, axis=-1).mean()
+  assert 1e-6 < error / size < 0.05
+
+
+def test_tf32_is_float32_where_there_are_no_tensor_cores():
+  images = micro.images(1, 1)
+  _, exact = scan(images)
+  _, tf32 = scan(images, precision="tf32")
+  assert_close(tf32, exact)
+
+
+def test_gradients_through_time_are_finite_and_equal_to_an_unrolled_loop():
+  images = micro.images(4, 1)
+  options = p3r.StepOptions(precision="float32")
+
+  def total(predictions):
+    leaves = [x for x in jax.tree.leaves(predictions) if x.dtype == jnp.float32]
+    return sum(jnp.mean(jnp.square(x)) for x in leaves)
+
+  @jax.jit
+  @jax.grad
+  def scanned(params):
+    _, predictions = streaming.scan_fn(
+      micro.CONFIG, options, params, new_memory(), images, None
+    )
+    return total(predictions)
+
+  @jax.grad  # Not jitted as a whole: the step compiles once, not four times.
+  def unrolled(params):
+    memory, predictions = new_memory(), []
+    for image in images:
+      memory, prediction = p3r.step(
+        micro.CONFIG, params, memory, image, precision="float32"
+      )
+      predictions.append(prediction)
+    return total(jax.tree.map(lambda *x: jnp.stack(x), *predictions))
+
+  first, second = scanned(micro.params()), unrolled(micro.params())
+  chex.assert_tree_all_finite(first)
+  largest = max(np.abs(x).max() for x in jax.tree.leaves(first))
+  assert_close(first, second, atol=1e-5 * largest)
+  # Features carry gradient between frames; parts without effect get none.
+  assert np.abs(first["key_head"]["output"]["kernel"]).max() > 0
+  assert not first["decoder"]["pointer_block_3"]["mlp"]["output"]["kernel"].any()
+
+
+def test_scan_compiles_once_per_shape_and_capacity():
+  scan_once = jax.jit(
+    chex.assert_max_traces(streaming.scan_fn, n=2), static_argnums=(0, 1)
+  )
+  run = functools.partial(scan_once, micro.CONFIG, p3r.StepOptions())
+  memory = new_memory()
+  for seed in range(3):
+    memory, _ = run(micro.params(), memory, micro.images(2, 1, seed), None)
+  larger = p3r.grow(memory, 2 * CAPACITY)
+  for seed in range(2):
+    larger, _ = run(micro.params(), larger, micro.images(2, 1, seed), None)
+
+
+@pytest.mark.parametrize(
+  ("platform", "attention", "precision"),
+  [
+    ("cuda", "xla", "float32"),
+    ("cuda", "xla", "bfloat16"),
+    ("tpu", "xla", "float32"),
+    ("tpu", "tpu", "bfloat16"),
+  ],
+)
+def test_lowers_for_accelerators(platform, attention, precision):
+  config = p3r.preset("point3r_512").replace(
+    encoder_depth=2, decoder_depth=4, value_depth=1
+  )
+  options = p3r.StepOptions(precision=precision, attention=attention)
+  arguments = jax.eval_shape(
+    lambda: (
+      p3r.init_params(config),
+      p3r.init_memory(config, 1, (384, 512)),
+      jnp.zeros((1, 384, 512, 3), jnp.uint8),
+    )
+  )
+  lowered = streaming._step.trace(config, options, *arguments).lower(
+    lowering_platforms=(platform,)
+  )
+  text = lowered.as_text()
+  assert ("tpu_custom_call" in text) == (attention == "tpu")
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"images": np.zeros((1, 32, 48, 3), np.float64)}, "must be uint8"),
+    ({"images": np.zeros((32, 48, 3), np.uint8)}, "axes"),
+    ({"images": np.zeros((1, 32, 48, 1), np.uint8)}, "3 channels"),
+    ({"images": np.zeros((1, 30, 48, 3), np.uint8)}, "multiple of the patch"),
+    ({"images": np.zeros((2, 32, 48, 3), np.uint8)}, "init_memory"),
+    ({"precision": "float8"}, "unknown precision"),
+    ({"attention": "magic"}, "unknown attention"),
+    ({"heads": "tail"}, "unknown heads"),
+    ({"fusion_divisor": 0.0}, "positive"),
+  ],
+)
+def test_bad_input_is_refused(change, message):
+  images = change.pop("images", np.zeros((1, 32, 48, 3), np.uint8))
+  with pytest.raises(ValueError, match=message):
+    p3r.step(micro.CONFIG, micro.params(), new_memory(), images, **change)
+
+
+def test_resets_of_another_shape_are_refused():
+  with pytest.raises(ValueError, match="resets"):
+    scan(micro.images(2, 1), resets=np.zeros((2, 2), bool))
