@@ -118,6 +118,10 @@ class Stream:
     self.frames = 0
     self._forget_counts()
 
+  def wait_for_compiles(self) -> None:
+    """Returns once no step is being compiled in the background."""
+    concurrent.futures.wait(self._executables.values())
+
   def __call__(self, image: np.ndarray | jax.Array) -> Prediction:
     """Takes the next image.
 

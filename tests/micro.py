@@ -1,6 +1,7 @@
 """A model of a few thousand parameters: compiles fast, does everything."""
 
 import functools
+import math
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ CONFIG = p3r.ModelConfig(
   decoder_depth=4,
   decoder_heads=2,
   pointer_heads=4,
-  value_depth=2,
+  value_depth=1,
   pose_slots=4,
   dpt_widths=(8, 8, 8, 8),
   dpt_features=8,
@@ -28,16 +29,17 @@ TOKENS = 6
 
 @functools.cache
 def params(seed: int = 0) -> dict:
-  """Returns random parameters whose point maps spread over a room."""
+  """Returns random parameters whose world points spread over a metre or so."""
   rng = np.random.default_rng(seed)
 
-  def draw(x):
-    return rng.normal(size=x.shape, scale=0.5 * x.shape[0] ** -0.5).astype(
-      np.float32
-    )
+  def draw(path, x):
+    noise = rng.standard_normal(x.shape, dtype=np.float32)
+    if len(x.shape) == 1:
+      return (path[-1].key == "scale") + 0.1 * noise
+    return 0.8 * noise / math.prod(x.shape[:-1]) ** 0.5
 
   shapes = jax.eval_shape(lambda: p3r.init_params(CONFIG))
-  return jax.device_put(jax.tree.map(draw, shapes))
+  return jax.device_put(jax.tree_util.tree_map_with_path(draw, shapes))
 
 
 def images(frames: int, batch: int, seed: int = 0) -> np.ndarray:

@@ -226,9 +226,7 @@ def test_permuting_samples_permutes_results(seed, order):
 
 def test_updated_names_the_frame_of_the_last_write():
   rng = np.random.default_rng(0)
-  memory = make_memory([cloud(rng, 3)]).replace(
-    frame=np.array([7], np.int32)
-  )
+  memory = make_memory([cloud(rng, 3)]).replace(frame=np.array([7], np.int32))
   near = [(memory.position[0, 1], np.zeros(FEATURES, np.float32))]
   far = [(p + 50, f) for p, f in cloud(rng, TOKENS - 1)]
   memory = fuse(memory, *pack([near + far]), divisor=DIVISOR)
@@ -242,7 +240,10 @@ def test_reset_empties_the_masked_samples_only():
   memory = make_memory([cloud(rng, 3), cloud(rng, 5)])
   memory = memory.replace(frame=np.array([4, 4], np.int32))
   result = p3r.reset(memory, np.array([True, False]))
-  pick = lambda tree, b: jax.tree.map(lambda x: x[b], tree)
+
+  def pick(tree, b):
+    return jax.tree.map(lambda x: x[b], tree)
+
   chex.assert_trees_all_equal(pick(result, 1), pick(memory, 1))
   chex.assert_trees_all_equal(
     pick(result, 0),

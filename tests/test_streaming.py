@@ -13,7 +13,7 @@ from point3r_jax import streaming
 from point3r_jax.params import cast_params, stack_layers
 from tests import micro
 
-FRAMES, CAPACITY = 5, 5 * micro.TOKENS
+FRAMES, CAPACITY = 4, 4 * micro.TOKENS
 
 
 def new_memory(batch=1, capacity=CAPACITY):
@@ -47,9 +47,7 @@ def test_scan_equals_steps_and_gives_the_contract_shapes():
 
   stepped = new_memory(2)
   for frame, image in enumerate(images):
-    stepped, prediction = p3r.step(
-      micro.CONFIG, micro.params(), stepped, image
-    )
+    stepped, prediction = p3r.step(micro.CONFIG, micro.params(), stepped, image)
     expected = jax.tree.map(lambda x, t=frame: x[t], predictions)
     assert_close(prediction, expected)
   assert_close(stepped, memory)
@@ -64,9 +62,9 @@ def test_fusion_does_something_here():
 
 
 def test_samples_are_independent():
-  images = micro.images(FRAMES, 3)
+  images = micro.images(FRAMES, 2)
   _, together = scan(images)
-  for b in range(3):
+  for b in range(2):
     _, alone = scan(images[:, b : b + 1])
     assert_close(sample(together, b), alone)
 
@@ -77,10 +75,12 @@ def test_streams_may_start_and_reset_at_different_frames():
   resets[2, 1] = True
   _, together = scan(images, resets=resets)
   _, steady = scan(images[:, :1])
-  _, before = scan(images[:2, 1:])
-  _, after = scan(images[2:, 1:])
+  _, before = scan(images[:, 1:])
+  _, after = scan(np.roll(images[:, 1:], -2, axis=0))
   assert_close(sample(together, 0), steady)
-  parts = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), before, after)
+  parts = jax.tree.map(
+    lambda x, y: jnp.concatenate([x[:2], y[:2]]), before, after
+  )
   assert_close(sample(together, 1), parts)
 
 
@@ -128,7 +128,7 @@ def test_a_larger_divisor_keeps_more_pointers():
 
 
 def test_rotary_changes_all_but_the_first_frame():
-  images = micro.images(2, 1)
+  images = micro.images(FRAMES, 1)
   _, on = scan(images)
   _, off = scan(images, rotary=False)
   assert_close(on.pose[0], off.pose[0])
@@ -136,7 +136,7 @@ def test_rotary_changes_all_but_the_first_frame():
 
 
 def test_heads_choose_what_is_computed():
-  images = micro.images(2, 1)
+  images = micro.images(FRAMES, 1)
   _, both = scan(images)
   _, world = scan(images, heads="world")
   _, camera = scan(images, heads="camera")
@@ -159,14 +159,14 @@ def test_heads_choose_what_is_computed():
 
 
 def test_uint8_and_float_images_agree():
-  images = micro.images(2, 1)
+  images = micro.images(FRAMES, 1)
   _, expected = scan(images)
   _, predictions = scan((images / 127.5 - 1).astype(np.float32))
   assert_close(predictions, expected)
 
 
 def test_scanned_layers_equal_unrolled_ones():
-  images = micro.images(2, 1)
+  images = micro.images(FRAMES, 1)
   _, expected = scan(images)
   _, predictions = scan(
     images,
@@ -177,7 +177,7 @@ def test_scanned_layers_equal_unrolled_ones():
 
 
 def test_bfloat16_is_close_and_the_same_with_cast_params():
-  images = micro.images(1, 1)
+  images = micro.images(FRAMES, 1)
   _, exact = scan(images)
   _, rounded = scan(images, precision="bfloat16")
   _, cast = scan(
@@ -189,11 +189,11 @@ def test_bfloat16_is_close_and_the_same_with_cast_params():
   assert rounded.points_world.dtype == jnp.float32
   error = np.abs(rounded.points_world - exact.points_world).mean()
   size = np.linalg.norm(exact.points_world, axis=-1).mean()
-  assert 1e-6 < error / size < 0.05
+  assert 1e-6 < error / size < 0.1
 
 
 def test_tf32_is_float32_where_there_are_no_tensor_cores():
-  images = micro.images(1, 1)
+  images = micro.images(FRAMES, 1)
   _, exact = scan(images)
   _, tf32 = scan(images, precision="tf32")
   assert_close(tf32, exact)
@@ -203,8 +203,8 @@ def test_gradients_through_time_are_finite_and_equal_to_an_unrolled_loop():
   images = micro.images(4, 1)
   options = p3r.StepOptions(precision="float32")
 
-  def total(predictions):
-    leaves = [x for x in jax.tree.leaves(predictions) if x.dtype == jnp.float32]
+  def loss(prediction):
+    leaves = [x for x in jax.tree.leaves(prediction) if x.dtype == jnp.float32]
     return sum(jnp.mean(jnp.square(x)) for x in leaves)
 
   @jax.jit
@@ -213,25 +213,44 @@ def test_gradients_through_time_are_finite_and_equal_to_an_unrolled_loop():
     _, predictions = streaming.scan_fn(
       micro.CONFIG, options, params, new_memory(), images, None
     )
-    return total(predictions)
+    return loss(predictions)
 
-  @jax.grad  # Not jitted as a whole: the step compiles once, not four times.
-  def unrolled(params):
-    memory, predictions = new_memory(), []
-    for image in images:
-      memory, prediction = p3r.step(
-        micro.CONFIG, params, memory, image, precision="float32"
+  # The loop goes back through time by hand, so that the step's gradient is
+  # compiled once instead of four times.
+  carried = ("position", "feature", "pose_slots", "image_position")
+
+  def pick(memory):
+    return {name: getattr(memory, name) for name in carried}
+
+  @jax.jit
+  def backward(params, memory, image, cotangent):
+    def advance(params, floats):
+      after, prediction = streaming.step_fn(
+        micro.CONFIG, options, params, memory.replace(**floats), image
       )
-      predictions.append(prediction)
-    return total(jax.tree.map(lambda *x: jnp.stack(x), *predictions))
+      return pick(after), loss(prediction) / len(images)
 
-  first, second = scanned(micro.params()), unrolled(micro.params())
+    _, pullback = jax.vjp(advance, params, pick(memory))
+    return pullback((cotangent, 1.0))
+
+  memories = [new_memory()]
+  for image in images[:-1]:
+    memories.append(scan(image[None], memory=memories[-1])[0])
+  cotangent = jax.tree.map(jnp.zeros_like, pick(memories[0]))
+  looped = jax.tree.map(jnp.zeros_like, micro.params())
+  for memory, image in zip(reversed(memories), images[::-1], strict=True):
+    gradient, cotangent = backward(micro.params(), memory, image, cotangent)
+    looped = jax.tree.map(jnp.add, looped, gradient)
+
+  first = scanned(micro.params())
   chex.assert_tree_all_finite(first)
   largest = max(np.abs(x).max() for x in jax.tree.leaves(first))
-  assert_close(first, second, atol=1e-5 * largest)
+  assert_close(first, looped, atol=1e-5 * largest)
   # Features carry gradient between frames; parts without effect get none.
   assert np.abs(first["key_head"]["output"]["kernel"]).max() > 0
-  assert not first["decoder"]["pointer_block_3"]["mlp"]["output"]["kernel"].any()
+  assert not first["decoder"]["pointer_block_3"]["mlp"]["output"][
+    "kernel"
+  ].any()
 
 
 def test_scan_compiles_once_per_shape_and_capacity():

@@ -71,7 +71,7 @@ class VideoFile:
     decoded, delivered, time = 0, 0, None
     with _open(self.path) as (container, stream):
       for index, frame in _decode(stream, lost):
-        decoded, time = decoded + 1, frame.time
+        decoded, time = decoded + 1, _seconds(frame, stream)
         if index in self._wanted:
           yield RawFrame(_to_image(frame, stream), name, index, time)
           delivered += 1
@@ -144,6 +144,11 @@ def _packets(stream: av.VideoStream, lost: Lost) -> Iterator[av.Packet | None]:
   except av.FFmpegError as error:
     lost.error = _reason(error)
   yield None
+
+
+def _seconds(frame: av.VideoFrame, stream: av.VideoStream) -> float | None:
+  """The timestamp of a frame; `frame.time` is unknown when flushed."""
+  return None if frame.pts is None else float(frame.pts * stream.time_base)
 
 
 def _to_image(frame: av.VideoFrame, stream: av.VideoStream) -> Image.Image:

@@ -1,0 +1,126 @@
+"""The host-side stream: growth without loss, compile counts, overflow."""
+
+import logging
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+import point3r_jax as p3r
+from point3r_jax import stream as stream_module
+from tests import goldens, micro
+
+FRAMES = 6
+
+
+def images(frames=FRAMES):
+  return micro.images(frames, 1)[:, 0]
+
+
+def make_stream(**options):
+  return p3r.Stream(micro.CONFIG, micro.params(), micro.IMAGE_SIZE, **options)
+
+
+def test_equals_scan_while_growing():
+  stream = make_stream(capacity=micro.TOKENS, fusion=False)
+  predictions = [jax.device_get(stream(image)) for image in images()]
+  assert stream.capacity >= FRAMES * micro.TOKENS > micro.TOKENS
+  assert stream.pointer_count == FRAMES * micro.TOKENS
+  assert stream.overflow == 0
+  memory, expected = p3r.scan(
+    micro.CONFIG,
+    micro.params(),
+    p3r.init_memory(micro.CONFIG, 1, micro.IMAGE_SIZE, stream.capacity),
+    images()[:, None],
+    fusion=False,
+  )
+  stacked = jax.tree.map(lambda *x: np.stack(x), *predictions)
+  chex.assert_trees_all_close(stacked, expected, atol=1e-5, rtol=1e-5)
+  chex.assert_trees_all_close(stream.memory, memory, atol=1e-5, rtol=1e-5)
+
+
+def test_predictions_outlive_later_frames():
+  """Memory is donated from frame to frame; predictions are not part of it."""
+  stream = make_stream()
+  predictions = [stream(image) for image in images()]
+  counts = [int(p.pointer_count[0]) for p in predictions]
+  assert counts[0] == micro.TOKENS and counts == sorted(counts)
+
+
+def test_reset_starts_over():
+  stream = make_stream()
+  first = [jax.device_get(stream(image)) for image in images()]
+  stream.reset()
+  assert stream.frames == 0 and stream.pointer_count == 0
+  second = [jax.device_get(stream(image)) for image in images()]
+  chex.assert_trees_all_equal(first, second)
+
+
+def test_full_memory_warns_once_and_counts(caplog):
+  stream = make_stream(
+    capacity=micro.TOKENS, max_capacity=2 * micro.TOKENS, fusion=False
+  )
+  with caplog.at_level(logging.WARNING):
+    for image in images():
+      jax.block_until_ready(stream(image))
+  assert stream.capacity == 2 * micro.TOKENS
+  assert stream.overflow == (FRAMES - 2) * micro.TOKENS
+  assert len(caplog.records) == 1
+  assert "full at its maximal capacity of 12" in caplog.text
+
+
+def test_the_next_capacity_is_compiled_ahead():
+  capacity = 8 * micro.TOKENS
+  stream = make_stream(capacity=capacity, fusion=False)
+  for image in images():
+    stream(image)
+  assert stream.capacity == capacity
+  stream.wait_for_compiles()
+  assert len(stream.compile_seconds) == 2
+
+
+def test_300_frames_compile_once_per_capacity(monkeypatch):
+  """Traces are counted by chex, compilations by what JAX reports."""
+  config, params = goldens.seeded_params("small", salt=2)
+  clip = goldens.load_golden("small_long").images[:, 0]
+  capacities = 3
+  counted = chex.assert_max_traces(stream_module.step_fn, n=capacities)
+  monkeypatch.setattr(stream_module, "step_fn", counted)
+  stream = p3r.Stream(config, params, clip.shape[1:3], capacity=96)
+
+  compiled = []
+
+  def listen(name, *_, **__):
+    if name == "/jax/core/compile/backend_compile_duration":
+      compiled.append(stream.frames)
+
+  used = set()
+  for frame in range(300):
+    if frame == 1:
+      jax.monitoring.register_event_duration_secs_listener(listen)
+    stream(clip[frame % len(clip)])
+    used.add(stream.capacity)
+  stream.wait_for_compiles()
+  jax.monitoring.unregister_event_duration_listener(listen)
+  assert len(used) >= 2
+  assert len(stream.compile_seconds) <= capacities
+  # A growth costs the larger step and the copy into the larger memory.
+  assert len(compiled) <= 2 * capacities
+
+
+@pytest.mark.parametrize(
+  ("image", "message"),
+  [
+    (np.zeros((32, 32, 3), np.uint8), "images of shape"),
+    (np.zeros((32, 48, 3), np.int64), "must be uint8"),
+  ],
+)
+def test_wrong_images_are_refused(image, message):
+  with pytest.raises(ValueError, match=message):
+    make_stream()(image)
+
+
+def test_max_capacity_below_the_first_is_refused():
+  with pytest.raises(ValueError, match="max_capacity"):
+    make_stream(capacity=64, max_capacity=32)
