@@ -139,6 +139,27 @@ def _restore(path: pathlib.Path) -> dict:
     ) from error
 
 
+def load_params_to_host(
+  checkpoint: str | os.PathLike,
+) -> tuple[ModelConfig, dict]:
+  """Loads a checkpoint directory's config and parameters as NumPy arrays.
+
+  Raises:
+    CheckpointError: if there is no such checkpoint or it is not complete.
+  """
+  directory = pathlib.Path(checkpoint).absolute()
+  if not directory.is_dir():
+    raise CheckpointError(
+      f"there is no checkpoint {str(checkpoint)!r}: give a directory that "
+      f"convert_torch_weights.py wrote, or {_UNTRAINED}PRESET with a preset of "
+      f"{sorted(PRESETS)}"
+    )
+  config = ModelConfig.from_dict(_read_config(directory)["model"])
+  params = _restore(directory / _PARAMS)
+  check_params(config, params)
+  return config, params
+
+
 def load_checkpoint(
   checkpoint: str | os.PathLike,
   *,
@@ -167,17 +188,8 @@ def load_checkpoint(
     except ValueError as error:
       raise CheckpointError(str(error)) from error
     params = init_params(config)
-  elif pathlib.Path(checkpoint).is_dir():
-    directory = pathlib.Path(checkpoint).absolute()
-    config = ModelConfig.from_dict(_read_config(directory)["model"])
-    params = _restore(directory / _PARAMS)
-    check_params(config, params)
   else:
-    raise CheckpointError(
-      f"there is no checkpoint {name!r}: give a directory that "
-      "convert_torch_weights.py wrote, or untrained:PRESET with a preset of "
-      f"{sorted(PRESETS)}"
-    )
+    config, params = load_params_to_host(checkpoint)
   if precision is not None:
     params = cast_params(params, precision)
   if scan_layers:

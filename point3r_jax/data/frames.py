@@ -1,7 +1,7 @@
 """A stream of network-sized frames from a video, a folder, a glob or images.
 
-Frames are read one at a time, so a long video costs no more memory than a
-short one. `prefetch` moves the reading to a thread:
+Frames are read as they are asked for and only a few are held, so a long video
+costs no more memory than a short one. `prefetch` moves the reading to a thread:
 
   frames = open_frames("walk.mp4", stride=2)
   for frame in prefetch(frames):
@@ -11,13 +11,16 @@ short one. `prefetch` moves the reading to a thread:
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import os
 import queue
 import random
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -30,7 +33,10 @@ from point3r_jax.data.errors import InputError
 from point3r_jax.data.reading import Lost, RawFrame, clip, select
 from point3r_jax.data.video import VideoFile
 
+S = TypeVar("S")
 T = TypeVar("T")
+
+_MAX_WORKERS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +70,8 @@ class Reader(Protocol):
   expected_frames: int | None
   lost: Lost
 
-  def first(self) -> Image.Image:
-    """An image that stands for the size of all."""
+  def first(self) -> RawFrame:
+    """A frame that stands for the size of all."""
 
   def frames(self) -> Iterator[RawFrame]:
     """A fresh pass over the frames."""
@@ -91,14 +97,15 @@ class ImageFiles:
     self.expected_frames = len(indices)
     self.lost = Lost(expected=len(indices))
 
-  def first(self) -> Image.Image:
-    """Loads the first image."""
-    return images.load_image(self._chosen[0][1])
+  def first(self) -> RawFrame:
+    """Names the first file."""
+    return next(self.frames())
 
   def frames(self) -> Iterator[RawFrame]:
-    """Loads one image after the other."""
+    """Names one file after the other."""
     for index, path, name in self._chosen:
-      yield RawFrame(images.load_image(path), name, index, None)
+      load = functools.partial(images.load_image, path)
+      yield RawFrame(load, name, index, None)
 
 
 class FrameSource:
@@ -119,7 +126,7 @@ class FrameSource:
     self._size = size
     self._crop = crop
     first = reader.first()
-    self.image_size = images.network_size((first.height, first.width), size)
+    self.image_size = self._own_size(first.source, first.load())
     self.expected_frames = reader.expected_frames
     self.mixed_sizes = 0
 
@@ -129,24 +136,29 @@ class FrameSource:
     return self._reader.lost
 
   def __iter__(self) -> Iterator[Frame]:
-    """Reads and prepares one frame after the other."""
+    """Reads and prepares the frames, a few at a time, in their order."""
     self.mixed_sizes = 0
     with contextlib.closing(self._reader.frames()) as frames:
-      for frame in frames:
-        yield self._prepare(frame)
+      for frame, mixed in _ordered_map(self._prepare, frames):
+        self.mixed_sizes += mixed
+        yield frame
 
-  def _prepare(self, raw: RawFrame) -> Frame:
-    image = raw.image
+  def _prepare(self, raw: RawFrame) -> tuple[Frame, bool]:
+    """Makes a frame; also returns whether it had another size."""
+    image = raw.load()
+    mixed = self._own_size(raw.source, image) != self.image_size
+    pixels, preparation = images.prepare_image(
+      image, self._size, self._crop, self.image_size if mixed else None
+    )
+    frame = Frame(pixels, preparation, raw.source, raw.index, raw.timestamp)
+    return frame, mixed
+
+  def _own_size(self, name: str, image: Image.Image) -> tuple[int, int]:
+    """The network size that the image would have alone."""
     try:
-      own_size = images.network_size((image.height, image.width), self._size)
-      mixed = own_size != self.image_size
-      pixels, preparation = images.prepare_image(
-        image, self._size, self._crop, self.image_size if mixed else None
-      )
+      return images.network_size((image.height, image.width), self._size)
     except InputError as error:
-      raise InputError(f"{raw.source}: {error}") from None
-    self.mixed_sizes += mixed
-    return Frame(pixels, preparation, raw.source, raw.index, raw.timestamp)
+      raise InputError(f"{name}: {error}") from None
 
 
 def open_frames(
@@ -180,6 +192,7 @@ def open_frames(
     InputError: The input cannot be read, or the values make no sense. Reading
       on may raise it too: nothing is skipped in silence.
   """
+  images.check_size(size)
   wanted = select(start, end, stride, max_frames)
   files = paths_lib.find_files(inputs)
   if not paths_lib.is_video(files[0]):
@@ -190,6 +203,25 @@ def open_frames(
       " first"
     )
   return FrameSource(VideoFile(files[0], wanted), size, crop)
+
+
+def _ordered_map(function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+  """Maps in a few threads, no further ahead than there are threads.
+
+  Scaling takes longer than decoding, and lets other threads run meanwhile.
+  """
+  workers = min(_MAX_WORKERS, os.cpu_count() or 1)
+  pool = concurrent.futures.ThreadPoolExecutor(workers, "frames")
+  pending = collections.deque()
+  try:
+    for item in items:
+      pending.append(pool.submit(function, item))
+      if len(pending) >= workers:
+        yield pending.popleft().result()
+    while pending:
+      yield pending.popleft().result()
+  finally:
+    pool.shutdown(cancel_futures=True)
 
 
 def prefetch(iterable: Iterable[T], depth: int = 4) -> Iterator[T]:

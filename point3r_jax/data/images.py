@@ -131,6 +131,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
   return image.convert("RGB")
 
 
+def check_size(size: int) -> None:
+  """Raises `InputError` unless images can be prepared at this size."""
+  if size < PATCH or size % PATCH:
+    raise InputError(f"image size {size} is not a multiple of {PATCH}")
+
+
 def network_size(source_size: tuple[int, int], size: int) -> tuple[int, int]:
   """The network size (height, width) of an image under the rule of `size`.
 
@@ -224,8 +230,7 @@ def _resize(
 
 def _resized_size(source: tuple[int, int], size: int) -> tuple[int, int]:
   """The (height, width) to scale to before the crop."""
-  if size < PATCH or size % PATCH:
-    raise InputError(f"image size {size} is not a multiple of {PATCH}")
+  check_size(size)
   long = size
   if size == 224:
     _check_elongation(source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 from PIL import Image
@@ -12,16 +13,16 @@ from point3r_jax.data.errors import InputError
 
 
 class RawFrame(NamedTuple):
-  """An upright RGB image as it came, before it is scaled.
+  """A frame of a source, before it is scaled.
 
   Attributes:
-    image: The image.
+    load: Makes the upright RGB image; may be called in another thread.
     source: Name of the image file or of the video.
     index: Number of the frame in the source.
     timestamp: Seconds, or None.
   """
 
-  image: Image.Image
+  load: Callable[[], Image.Image]
   source: str
   index: int
   timestamp: float | None

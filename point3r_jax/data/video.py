@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import struct
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import av
 from PIL import Image
@@ -53,11 +55,11 @@ class VideoFile:
     if self._count and wanted.start >= self._count:
       raise self._too_short(self._count)
 
-  def first(self) -> Image.Image:
+  def first(self) -> RawFrame:
     """Decodes the first frame that can be decoded."""
     with _open(self.path) as (_, stream):
-      for _, frame in _decode(stream, Lost()):
-        return _to_image(frame, stream)
+      for index, frame in _decode(stream, Lost()):
+        return self._raw(index, frame, stream, _display(frame, stream))
     raise InputError(f"{self.path}: none of its frames can be decoded")
 
   def frames(self) -> Iterator[RawFrame]:
@@ -67,13 +69,13 @@ class VideoFile:
       InputError: The video ends before the first of them.
     """
     self.lost = lost = Lost(expected=self._count)
-    name = os.path.basename(self.path)
-    decoded, delivered, time = 0, 0, None
+    decoded, delivered, time, display = 0, 0, None, None
     with _open(self.path) as (container, stream):
       for index, frame in _decode(stream, lost):
         decoded, time = decoded + 1, _seconds(frame, stream)
+        display = display or _display(frame, stream)
         if index in self._wanted:
-          yield RawFrame(_to_image(frame, stream), name, index, time)
+          yield self._raw(index, frame, stream, display)
           delivered += 1
         if index >= self._wanted[-1]:
           return
@@ -85,9 +87,22 @@ class VideoFile:
     if not delivered:
       raise self._too_short(decoded)
 
+  def _raw(
+    self,
+    index: int,
+    frame: av.VideoFrame,
+    stream: av.VideoStream,
+    display: _Display,
+  ) -> RawFrame:
+    load = functools.partial(_to_image, frame, display)
+    name = os.path.basename(self.path)
+    return RawFrame(load, name, index, _seconds(frame, stream))
+
   def _too_short(self, count: int) -> InputError:
+    lost = f" ({self.lost})" if self.lost.frames else ""
     return InputError(
-      f"{self.path}: has {count} frames, none left from {self._wanted.start}"
+      f"{self.path}: has {count} frames{lost}, none left from"
+      f" {self._wanted.start}"
     )
 
 
@@ -151,21 +166,38 @@ def _seconds(frame: av.VideoFrame, stream: av.VideoStream) -> float | None:
   return None if frame.pts is None else float(frame.pts * stream.time_base)
 
 
-def _to_image(frame: av.VideoFrame, stream: av.VideoStream) -> Image.Image:
+class _Display(NamedTuple):
+  """How the frames of a stream are meant to be shown."""
+
+  pixel_aspect: float
+  matrix: bytes | None
+
+
+def _display(frame: av.VideoFrame, stream: av.VideoStream) -> _Display:
+  """Reads it off one frame.
+
+  Once a stream is enough, and asking every frame for its side data would make
+  reference cycles that keep the frames alive until the garbage collector runs.
+  """
+  matrices = [
+    bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"
+  ]
+  aspect = float(stream.sample_aspect_ratio or 1)
+  return _Display(aspect, matrices[0] if matrices else None)
+
+
+def _to_image(frame: av.VideoFrame, display: _Display) -> Image.Image:
   """Converts a frame to RGB with square pixels, turned as it is displayed."""
   image = Image.fromarray(frame.to_ndarray(format="rgb24"))
-  aspect = float(stream.sample_aspect_ratio or 1)
+  aspect = display.pixel_aspect
   if abs(aspect - 1) > 0.01:  # Less is rounding by the encoder.
     width = round(image.width * max(aspect, 1))
     height = round(image.height / min(aspect, 1))
     image = image.resize((width, height), Image.Resampling.LANCZOS)
-  for data in frame.side_data:
-    if data.type.name == "DISPLAYMATRIX":
-      image = _displayed(image, bytes(data))
-  return image
+  return _turned(image, display.matrix) if display.matrix else image
 
 
-def _displayed(image: Image.Image, matrix: bytes) -> Image.Image:
+def _turned(image: Image.Image, matrix: bytes) -> Image.Image:
   """Applies a display matrix: x' = a x + c y, y' = b x + d y, y downwards."""
   a, b, _, c, d = struct.unpack("=5i", matrix[:20])
   if abs(a) < abs(b):
@@ -183,7 +215,8 @@ def _stored_count(
 ) -> int | None:
   """The number of frames that the container states."""
   if "mov" in container.format.name.split(","):
-    # The header counts what an edit list has cut off, the index does not.
+    # The header counts what an edit list has cut off, the index does not
+    # (which PyAV tells from version 17 on).
     index = getattr(stream, "index_entries", ())
     shown = sum(not entry.is_discard for entry in index)
     if 0 < shown < stream.frames:

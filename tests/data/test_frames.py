@@ -1,5 +1,7 @@
 """Tests of point3r_jax.data.frames and what it is made of."""
 
+import contextlib
+import gc
 import itertools
 import struct
 import threading
@@ -157,6 +159,8 @@ class TestImages:
     save_image(tmp_path / "0.png")
     save_image(tmp_path / "1.png", (900, 2))
     with pytest.raises(InputError, match=r"1\.png: .*elongated"):
+      open_frames(tmp_path / "1.png", size=64)
+    with pytest.raises(InputError, match=r"1\.png: .*elongated"):
       list(open_frames(tmp_path, size=64))
 
 
@@ -265,12 +269,27 @@ class TestVideo:
     path = save_video(tmp_path / "rec 12:30.mp4", 2)
     assert len(list(open_frames(path, size=64))) == 2
 
-  def test_closes_the_file_when_left(self, clip):
+  def test_leaves_nothing_behind(self, clip):
     frames = iter(open_frames(clip, size=64))
     next(frames)
     frames.close()
     with pytest.raises(StopIteration):
       next(frames)
+    names = [thread.name for thread in threading.enumerate()]
+    assert not any(name.startswith("frames") for name in names)
+
+  def test_holds_few_frames(self, clip):
+    """Reference cycles would keep decoded frames until a collection."""
+    gc.collect()
+    gc.disable()
+    try:
+      with contextlib.closing(iter(open_frames(clip, size=64))) as frames:
+        for _ in itertools.islice(frames, 25):
+          pass
+        held = sum(isinstance(o, av.VideoFrame) for o in gc.get_objects())
+    finally:
+      gc.enable()
+    assert held < 20
 
 
 # Display matrices (a, b, c, d) and what they do to an array.
@@ -295,7 +314,7 @@ class TestOrientation:
   def test_display_matrix(self, name):
     matrix, turned = TURNS[name]
     pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
-    shown = video._displayed(
+    shown = video._turned(
       Image.fromarray(pixels), pack_matrix(*matrix, order="=")
     )
     np.testing.assert_array_equal(np.asarray(shown), turned(pixels))
@@ -304,7 +323,7 @@ class TestOrientation:
   def test_phone_video(self, tmp_path, name):
     matrix, turned = TURNS[name]
     path = save_video(tmp_path / "a.mp4", 2)
-    plain = next(open_frames(path, size=64).__iter__()).image
+    plain = next(iter(open_frames(path, size=64))).image
     data = path.read_bytes()
     identity = pack_matrix(1, 0, 0, 1, order=">")
     place = data.index(identity, data.index(b"tkhd"))
@@ -364,6 +383,11 @@ class TestDamage:
     source = open_frames(path, size=64, end=50)
     count = len(list(source))
     assert source.lost.frames == 50 - count
+
+  def test_nothing_left_of_what_was_wanted(self, tmp_path):
+    path = cut(save_video(tmp_path / "a.mp4", 60, options=FASTSTART))
+    with pytest.raises(InputError, match=r"of 60 frames lost .* left from 55"):
+      list(open_frames(path, size=64, start=55))
 
   def test_damage_in_the_middle(self, tmp_path):
     path = save_video(tmp_path / "a.mp4", 30, "libx264")

@@ -1,0 +1,23 @@
+"""What the command-line programs share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from point3r_jax.checkpoints import CheckpointError
+from point3r_jax.convert.tensor_file import CheckpointFileError
+from point3r_jax.data.errors import InputError
+
+# Errors of the user's input: one line and no traceback.
+_USER_ERRORS = (CheckpointError, CheckpointFileError, InputError)
+
+
+def run(program: Callable[[], None]) -> int:
+  """Runs a program; returns 0, or 2 after saying what was wrong."""
+  try:
+    program()
+  except _USER_ERRORS as error:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+  return 0
