@@ -18,7 +18,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from point3r_jax.config import PRESETS, ModelConfig, preset
-from point3r_jax.params import cast_params, init_params, stack_layers
+from point3r_jax.params import (
+  cast_params,
+  flat_shapes,
+  init_params,
+  param_shapes,
+  stack_layers,
+)
 from point3r_jax.precision import Precision
 
 _CONFIG = "config.json"
@@ -30,18 +36,9 @@ class CheckpointError(ValueError):
   """A checkpoint that is missing, incomplete or of another model."""
 
 
-def flat_shapes(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-  """Returns path → shape of a parameter tree, paths joined by slashes."""
-  leaves = jax.tree_util.tree_leaves_with_path(params)
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-    for path, leaf in leaves
-  }
-
-
 def check_params(config: ModelConfig, params: Mapping[str, Any]) -> None:
   """Raises CheckpointError unless the tree is just what the config needs."""
-  want = flat_shapes(jax.eval_shape(lambda: init_params(config)))
+  want = flat_shapes(param_shapes(config))
   have = flat_shapes(params)
   problems = {
     "missing": sorted(set(want) - set(have)),
@@ -105,10 +102,12 @@ def save_checkpoint(
 
 def load_metadata(directory: str | os.PathLike) -> dict[str, Any]:
   """Returns what `save_checkpoint` was given as metadata."""
-  return _read_config(pathlib.Path(directory))["metadata"]
+  return _read_config(pathlib.Path(directory))[1]
 
 
-def _read_config(directory: pathlib.Path) -> dict[str, Any]:
+def _read_config(
+  directory: pathlib.Path,
+) -> tuple[ModelConfig, dict[str, Any]]:
   path = directory / _CONFIG
   if not path.is_file():
     raise CheckpointError(
@@ -117,8 +116,8 @@ def _read_config(directory: pathlib.Path) -> dict[str, Any]:
     )
   try:
     contents = json.loads(path.read_text())
-    return {"model": contents["model"], "metadata": contents["metadata"]}
-  except (json.JSONDecodeError, KeyError, TypeError) as error:
+    return ModelConfig.from_dict(contents["model"]), contents["metadata"]
+  except (ValueError, KeyError, TypeError) as error:
     raise CheckpointError(f"{path} is damaged: {error!r}") from error
 
 
@@ -154,7 +153,7 @@ def load_params_to_host(
       f"convert_torch_weights.py wrote, or {_UNTRAINED}PRESET with a preset of "
       f"{sorted(PRESETS)}"
     )
-  config = ModelConfig.from_dict(_read_config(directory)["model"])
+  config, _ = _read_config(directory)
   params = _restore(directory / _PARAMS)
   check_params(config, params)
   return config, params

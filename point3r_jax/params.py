@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +24,62 @@ _FLOAT32 = {"patch_embed", "pose_head", "head_2"}
 _DENSE = {"camera_dense", "dense"}
 _ENCODERS = ("encoder", "value_encoder")
 
+Shape = tuple[int, ...]
+
+
+@functools.cache
+def param_shapes(config: ModelConfig) -> dict:
+  """Returns the parameter tree of a model of this size, as shapes only."""
+  model = Point3R(config, Compute(get_precision("float32"), "xla"))
+  grid = (2, 2)  # Parameters do not depend on the image's size.
+  side = grid[0] * config.patch_size
+  width, tokens = config.decoder_width, grid[0] * grid[1]
+
+  def init():
+    context = Context(
+      position=jnp.zeros((1, tokens, 3)),
+      feature=jnp.zeros((1, tokens, width)),
+      count=jnp.zeros((1,), jnp.int32),
+      pose_slots=jnp.zeros((1, config.pose_slots, 2 * width)),
+      image_position=jnp.zeros((1, tokens, 3)),
+      first=jnp.ones((1,), bool),
+    )
+    image = jnp.zeros((1, side, side, 3))
+    return model.init(
+      jax.random.key(0),
+      method=lambda model: model(model.encode(image), context, grid),
+    )
+
+  return jax.eval_shape(init)["params"]
+
+
+def _draw(path: str, shapes: Mapping[str, Shape], seed: int) -> np.ndarray:
+  """Returns one fresh parameter, as the published training starts it.
+
+  | parameters | start |
+  | --- | --- |
+  | image encoder, image decoder, `image_projection` | Xavier, bias 0 |
+  | LayerNorms | scale 1, bias 0 |
+  | pose_token | N(0, 0.02²) |
+  | pose memory's slots and masked token | N(0, 0.2²) |
+  | everything else | U(-1/√fan_in, 1/√fan_in), kernel and bias |
+  """
+  shape, (*parent, leaf) = shapes[path], path.split("/")
+  # A parameter depends on its name and the seed, not on what else there is.
+  rng = np.random.default_rng([zlib.crc32(path.encode()), seed])
+  if leaf == "scale":
+    return np.ones(shape, np.float32)
+  if leaf not in ("kernel", "bias"):
+    noise = rng.standard_normal(shape, np.float32)
+    return np.float32(0.02 if path == "pose_token" else 0.2) * noise
+  xavier = path.startswith(("encoder", "decoder/image_", "image_projection"))
+  if leaf == "bias" and (xavier or parent[-1].endswith("norm")):
+    return np.zeros(shape, np.float32)
+  kernel = shapes["/".join([*parent, "kernel"])]
+  fan_in, fan_out = math.prod(kernel[:-1]), kernel[-1]
+  bound = math.sqrt(6 / (fan_in + fan_out)) if xavier else fan_in**-0.5
+  return np.float32(bound) * (2 * rng.random(shape, np.float32) - 1)
+
 
 def init_params(config: ModelConfig, seed: int = 0) -> dict:
   """Returns freshly initialised parameters, as the published training starts.
@@ -26,30 +89,19 @@ def init_params(config: ModelConfig, seed: int = 0) -> dict:
     seed: of the random numbers.
 
   Returns:
-    A nested dictionary of float32 arrays.
+    A nested dictionary of float32 NumPy arrays.
   """
-  model = Point3R(config, Compute(get_precision("float32"), "xla"))
-  grid = (2, 2)  # Parameters do not depend on the image's size.
-  side = grid[0] * config.patch_size
-  width, tokens = config.decoder_width, grid[0] * grid[1]
+  unstacked = config.replace(scan_layers=False)
+  shapes = flat_shapes(param_shapes(unstacked))
+  flat = {tuple(p.split("/")): _draw(p, shapes, seed) for p in shapes}
+  params = flax.traverse_util.unflatten_dict(flat)
+  return stack_layers(params) if config.scan_layers else params
 
-  def run(model, image):
-    context = Context(
-      position=jnp.zeros((1, tokens, 3)),
-      feature=jnp.zeros((1, tokens, width)),
-      count=jnp.zeros((1,), jnp.int32),
-      pose_slots=jnp.zeros((1, config.pose_slots, 2 * width)),
-      image_position=jnp.zeros((1, tokens, 3)),
-      first=jnp.ones((1,), bool),
-    )
-    return model(model.encode(image), context, grid)
 
-  @jax.jit
-  def init(rng):
-    image = jnp.zeros((1, side, side, 3))
-    return model.init(rng, image, method=run)["params"]
-
-  return init(jax.random.key(seed))
+def flat_shapes(params: Mapping[str, Any]) -> dict[str, Shape]:
+  """Returns path → shape of a parameter tree, paths joined by slashes."""
+  flat = flax.traverse_util.flatten_dict(params, sep="/")
+  return {path: tuple(leaf.shape) for path, leaf in flat.items()}
 
 
 def cast_params(params: dict, precision: str | Precision) -> dict:

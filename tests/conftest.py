@@ -1,8 +1,10 @@
 """Test-wide settings, made before JAX starts."""
 
 import os
+import pathlib
 
-# Compile time is most of the suite's time, and most programs run a few times.
+# Compile time is most of the suite's time, and most programs run a few times:
+# optimise little, and share compiled programs between workers and runs.
 os.environ["XLA_FLAGS"] = " ".join(
   [
     os.environ.get("XLA_FLAGS", ""),
@@ -10,3 +12,6 @@ os.environ["XLA_FLAGS"] = " ".join(
     "--xla_llvm_disable_expensive_passes=true",
   ]
 )
+_CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 import point3r_jax as p3r
+from point3r_jax.params import param_shapes
 
 CONFIG = p3r.ModelConfig(
   image_size=64,
@@ -38,7 +39,7 @@ def params(seed: int = 0) -> dict:
       return (path[-1].key == "scale") + 0.1 * noise
     return 0.8 * noise / math.prod(x.shape[:-1]) ** 0.5
 
-  shapes = jax.eval_shape(lambda: p3r.init_params(CONFIG))
+  shapes = param_shapes(CONFIG)
   return jax.device_put(jax.tree_util.tree_map_with_path(draw, shapes))
 
 

@@ -1,7 +1,5 @@
 """Step and scan: independence, options, gradients, compilation, lowering."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,7 +8,7 @@ import pytest
 
 import point3r_jax as p3r
 from point3r_jax import streaming
-from point3r_jax.params import cast_params, stack_layers
+from point3r_jax.params import cast_params, param_shapes, stack_layers
 from tests import micro
 
 FRAMES, CAPACITY = 4, 4 * micro.TOKENS
@@ -20,9 +18,15 @@ def new_memory(batch=1, capacity=CAPACITY):
   return p3r.init_memory(micro.CONFIG, batch, micro.IMAGE_SIZE, capacity)
 
 
-def scan(images, params=None, memory=None, config=micro.CONFIG, **options):
+def run(images, params=None, memory=None, config=micro.CONFIG, **options):
+  """Steps through images (T, B, …): one small program for each option set."""
   memory = new_memory(images.shape[1]) if memory is None else memory
-  return p3r.scan(config, params or micro.params(), memory, images, **options)
+  params = micro.params() if params is None else params
+  predictions = []
+  for image in images:
+    memory, prediction = p3r.step(config, params, memory, image, **options)
+    predictions.append(prediction)
+  return memory, jax.tree.map(lambda *x: np.stack(x), *predictions)
 
 
 def assert_close(x, y, atol=1e-5):
@@ -36,7 +40,9 @@ def sample(tree, b):
 
 def test_scan_equals_steps_and_gives_the_contract_shapes():
   images = micro.images(FRAMES, 2)
-  memory, predictions = scan(images)
+  memory, predictions = p3r.scan(
+    micro.CONFIG, micro.params(), new_memory(2), images
+  )
   height, width = micro.IMAGE_SIZE
   chex.assert_shape(predictions.points_camera, (FRAMES, 2, height, width, 3))
   chex.assert_shape(predictions.confidence_camera, (FRAMES, 2, height, width))
@@ -44,28 +50,24 @@ def test_scan_equals_steps_and_gives_the_contract_shapes():
   chex.assert_shape(predictions.confidence_world, (FRAMES, 2, height, width))
   chex.assert_shape(predictions.pose, (FRAMES, 2, 7))
   chex.assert_tree_all_finite(predictions)
-
-  stepped = new_memory(2)
-  for frame, image in enumerate(images):
-    stepped, prediction = p3r.step(micro.CONFIG, micro.params(), stepped, image)
-    expected = jax.tree.map(lambda x, t=frame: x[t], predictions)
-    assert_close(prediction, expected)
-  assert_close(stepped, memory)
+  stepped, expected = run(images)
+  assert_close(predictions, expected)
+  assert_close(memory, stepped)
   np.testing.assert_array_equal(memory.frame, FRAMES)
 
 
 def test_fusion_does_something_here():
   """Guards the tests of this file: memories grow, and by less than all."""
-  memory, _ = scan(micro.images(FRAMES, 2))
+  memory, _ = run(micro.images(FRAMES, 2))
   assert (memory.count > micro.TOKENS).all()
   assert (memory.count < FRAMES * micro.TOKENS).all()
 
 
 def test_samples_are_independent():
   images = micro.images(FRAMES, 2)
-  _, together = scan(images)
+  _, together = run(images)
   for b in range(2):
-    _, alone = scan(images[:, b : b + 1])
+    _, alone = run(images[:, b : b + 1])
     assert_close(sample(together, b), alone)
 
 
@@ -73,10 +75,12 @@ def test_streams_may_start_and_reset_at_different_frames():
   images = micro.images(FRAMES, 2)
   resets = np.zeros((FRAMES, 2), bool)
   resets[2, 1] = True
-  _, together = scan(images, resets=resets)
-  _, steady = scan(images[:, :1])
-  _, before = scan(images[:, 1:])
-  _, after = scan(np.roll(images[:, 1:], -2, axis=0))
+  _, together = p3r.scan(
+    micro.CONFIG, micro.params(), new_memory(2), images, resets=resets
+  )
+  _, steady = run(images[:, :1])
+  _, before = run(images[:, 1:])
+  _, after = run(np.roll(images[:, 1:], -2, axis=0))
   assert_close(sample(together, 0), steady)
   parts = jax.tree.map(
     lambda x, y: jnp.concatenate([x[:2], y[:2]]), before, after
@@ -86,8 +90,8 @@ def test_streams_may_start_and_reset_at_different_frames():
 
 def test_capacity_does_not_change_results():
   images = micro.images(FRAMES, 1)
-  _, tight = scan(images)
-  _, wide = scan(images, memory=new_memory(capacity=2 * CAPACITY))
+  _, tight = run(images)
+  _, wide = run(images, memory=new_memory(capacity=2 * CAPACITY))
   assert_close(tight, wide)
 
 
@@ -97,13 +101,13 @@ def test_garbage_in_padded_rows_changes_nothing():
   dirty = memory.replace(
     position=memory.position + 1e3, feature=memory.feature - 1e3
   )
-  _, expected = scan(images, memory=memory)
-  _, predictions = scan(images, memory=dirty)
+  _, expected = run(images, memory=memory)
+  _, predictions = run(images, memory=dirty)
   assert_close(predictions, expected)
 
 
 def test_overflow_is_counted_and_bounded():
-  memory, predictions = scan(
+  memory, predictions = run(
     micro.images(FRAMES, 1),
     memory=new_memory(capacity=2 * micro.TOKENS),
     fusion=False,
@@ -115,7 +119,7 @@ def test_overflow_is_counted_and_bounded():
 
 
 def test_without_fusion_all_pointers_are_kept():
-  memory, predictions = scan(micro.images(FRAMES, 1), fusion=False)
+  memory, predictions = run(micro.images(FRAMES, 1), fusion=False)
   expected = micro.TOKENS * np.arange(1, FRAMES + 1)
   np.testing.assert_array_equal(predictions.pointer_count[:, 0], expected)
   assert memory.overflow[0] == 0
@@ -123,23 +127,23 @@ def test_without_fusion_all_pointers_are_kept():
 
 def test_a_larger_divisor_keeps_more_pointers():
   images = micro.images(FRAMES, 1)
-  few, many = (scan(images, fusion_divisor=d)[0].count[0] for d in (3.0, 200.0))
+  few, many = (run(images, fusion_divisor=d)[0].count[0] for d in (3.0, 200.0))
   assert few < many
 
 
 def test_rotary_changes_all_but_the_first_frame():
   images = micro.images(FRAMES, 1)
-  _, on = scan(images)
-  _, off = scan(images, rotary=False)
+  _, on = run(images)
+  _, off = run(images, rotary=False)
   assert_close(on.pose[0], off.pose[0])
   assert np.abs(on.pose[1] - off.pose[1]).max() > 1e-4
 
 
 def test_heads_choose_what_is_computed():
   images = micro.images(FRAMES, 1)
-  _, both = scan(images)
-  _, world = scan(images, heads="world")
-  _, camera = scan(images, heads="camera")
+  _, both = run(images)
+  _, world = run(images, heads="world")
+  _, camera = run(images, heads="camera")
   assert world.points_camera is None and world.confidence_camera is None
   assert camera.points_world is None and camera.confidence_world is None
   assert_close(world.points_world, both.points_world)
@@ -160,15 +164,15 @@ def test_heads_choose_what_is_computed():
 
 def test_uint8_and_float_images_agree():
   images = micro.images(FRAMES, 1)
-  _, expected = scan(images)
-  _, predictions = scan((images / 127.5 - 1).astype(np.float32))
+  _, expected = run(images)
+  _, predictions = run((images / 127.5 - 1).astype(np.float32))
   assert_close(predictions, expected)
 
 
 def test_scanned_layers_equal_unrolled_ones():
   images = micro.images(FRAMES, 1)
-  _, expected = scan(images)
-  _, predictions = scan(
+  _, expected = run(images)
+  _, predictions = run(
     images,
     params=stack_layers(micro.params()),
     config=micro.CONFIG.replace(scan_layers=True),
@@ -178,9 +182,9 @@ def test_scanned_layers_equal_unrolled_ones():
 
 def test_bfloat16_is_close_and_the_same_with_cast_params():
   images = micro.images(FRAMES, 1)
-  _, exact = scan(images)
-  _, rounded = scan(images, precision="bfloat16")
-  _, cast = scan(
+  _, exact = run(images)
+  _, rounded = run(images, precision="bfloat16")
+  _, cast = run(
     images,
     params=cast_params(micro.params(), "bfloat16"),
     precision="bfloat16",
@@ -194,8 +198,8 @@ def test_bfloat16_is_close_and_the_same_with_cast_params():
 
 def test_tf32_is_float32_where_there_are_no_tensor_cores():
   images = micro.images(FRAMES, 1)
-  _, exact = scan(images)
-  _, tf32 = scan(images, precision="tf32")
+  _, exact = run(images)
+  _, tf32 = run(images, precision="tf32")
   assert_close(tf32, exact)
 
 
@@ -235,7 +239,7 @@ def test_gradients_through_time_are_finite_and_equal_to_an_unrolled_loop():
 
   memories = [new_memory()]
   for image in images[:-1]:
-    memories.append(scan(image[None], memory=memories[-1])[0])
+    memories.append(run(image[None], memory=memories[-1])[0])
   cotangent = jax.tree.map(jnp.zeros_like, pick(memories[0]))
   looped = jax.tree.map(jnp.zeros_like, micro.params())
   for memory, image in zip(reversed(memories), images[::-1], strict=True):
@@ -253,17 +257,19 @@ def test_gradients_through_time_are_finite_and_equal_to_an_unrolled_loop():
   ].any()
 
 
-def test_scan_compiles_once_per_shape_and_capacity():
-  scan_once = jax.jit(
-    chex.assert_max_traces(streaming.scan_fn, n=2), static_argnums=(0, 1)
+def test_scan_traces_once_per_shape_and_capacity(monkeypatch):
+  counted = chex.assert_max_traces(streaming.scan_fn, n=2)
+  monkeypatch.setattr(
+    streaming, "_scan", jax.jit(counted, static_argnums=(0, 1))
   )
-  run = functools.partial(scan_once, micro.CONFIG, p3r.StepOptions())
   memory = new_memory()
-  for seed in range(3):
-    memory, _ = run(micro.params(), memory, micro.images(2, 1, seed), None)
-  larger = p3r.grow(memory, 2 * CAPACITY)
   for seed in range(2):
-    larger, _ = run(micro.params(), larger, micro.images(2, 1, seed), None)
+    images = micro.images(2, 1, seed)
+    memory, _ = p3r.scan(micro.CONFIG, micro.params(), memory, images)
+  memory = p3r.grow(memory, 2 * CAPACITY)
+  for seed in range(2):
+    images = micro.images(2, 1, seed)
+    memory, _ = p3r.scan(micro.CONFIG, micro.params(), memory, images)
 
 
 @pytest.mark.parametrize(
@@ -282,14 +288,14 @@ def test_lowers_for_accelerators(platform, attention, precision):
   options = p3r.StepOptions(precision=precision, attention=attention)
   arguments = jax.eval_shape(
     lambda: (
-      p3r.init_params(config),
       p3r.init_memory(config, 1, (384, 512)),
       jnp.zeros((1, 384, 512, 3), jnp.uint8),
     )
   )
-  lowered = streaming._step.trace(config, options, *arguments).lower(
-    lowering_platforms=(platform,)
+  traced = streaming._step.trace(
+    config, options, param_shapes(config), *arguments
   )
+  lowered = traced.lower(lowering_platforms=(platform,))
   text = lowered.as_text()
   assert ("tpu_custom_call" in text) == (attention == "tpu")
 
@@ -315,5 +321,6 @@ def test_bad_input_is_refused(change, message):
 
 
 def test_resets_of_another_shape_are_refused():
+  images, resets = micro.images(2, 1), np.zeros((2, 2), bool)
   with pytest.raises(ValueError, match="resets"):
-    scan(micro.images(2, 1), resets=np.zeros((2, 2), bool))
+    p3r.scan(micro.CONFIG, micro.params(), new_memory(), images, resets=resets)

@@ -6,10 +6,9 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
+import flax.traverse_util
 import numpy as np
 
-from point3r_jax.checkpoints import flat_shapes
 from point3r_jax.config import ModelConfig
 from point3r_jax.convert.names import (
   Weight,
@@ -18,7 +17,7 @@ from point3r_jax.convert.names import (
   weight_table,
 )
 from point3r_jax.convert.tensor_file import CheckpointFileError, TensorFile
-from point3r_jax.params import init_params
+from point3r_jax.params import flat_shapes, init_params, param_shapes
 
 # Heads of other tasks that DUSt3R's files may carry along; no use for them.
 _IGNORED_BY_DUST3R = ("mask_token", "prediction_head.")
@@ -56,17 +55,6 @@ class Import:
   ignored: tuple[str, ...]
 
 
-def _assemble(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-  """Nests a dictionary whose keys are paths."""
-  tree = {}
-  for path, leaf in flat.items():
-    node = tree
-    for key in path[:-1]:
-      node = node.setdefault(key, {})
-    node[path[-1]] = leaf
-  return tree
-
-
 def _leaf(tree: Mapping[str, Any], path: tuple[str, ...]) -> Any:
   for key in path:
     tree = tree[key]
@@ -88,7 +76,7 @@ def _check(
   known = {w.name for w in table} | {w.alias for w in table if w.alias}
   absent = [w.name for w in table if not {w.name, w.alias} & set(sources)]
   initialised = tuple(name for name in absent if name.startswith(fresh))
-  shapes = flat_shapes(jax.eval_shape(lambda: init_params(config)))
+  shapes = flat_shapes(param_shapes(config))
   misshapen = []
   for weight in table:
     for name in {weight.name, weight.alias} & set(sources):
@@ -177,7 +165,9 @@ def import_weights(
       flat[weight.path] = leaf if dtype is None else leaf.astype(dtype)
     else:
       flat[weight.path] = read(weight)
-  return Import(config, _assemble(flat), kind, initialised, ignored)
+  return Import(
+    config, flax.traverse_util.unflatten_dict(flat), kind, initialised, ignored
+  )
 
 
 def export_weights(

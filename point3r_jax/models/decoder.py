@@ -101,7 +101,6 @@ class InterleavedDecoder(nn.Module):
         self.config.decoder_heads,
         ratio,
         self.compute,
-        xavier=True,
         name=f"image_block_{layer}",
       )
       pointer_block = DecoderBlock(

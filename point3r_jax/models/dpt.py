@@ -9,7 +9,7 @@ import numpy as np
 from flax.linen.dtypes import promote_dtype
 
 from point3r_jax.config import ModelConfig
-from point3r_jax.models.layers import Compute, Linear, uniform_fan_in
+from point3r_jax.models.layers import Compute, Linear
 
 
 class Conv(nn.Module):
@@ -31,8 +31,8 @@ class Conv(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps x (B, H, W, K) to (B, ⌈H/stride⌉, ⌈W/stride⌉, features)."""
     channels = x.shape[-1]
-    init = uniform_fan_in(9 * channels)
-    kernel = self.param("kernel", init, (3, 3, channels, self.features))
+    zeros = nn.initializers.zeros
+    kernel = self.param("kernel", zeros, (3, 3, channels, self.features))
     x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
     x = jax.lax.conv_general_dilated(
       x,
@@ -42,7 +42,7 @@ class Conv(nn.Module):
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
     if self.use_bias:
-      bias = self.param("bias", init, (self.features,))
+      bias = self.param("bias", zeros, (self.features,))
       x = x + bias.astype(self.dtype)
     return x
 
@@ -62,11 +62,11 @@ class TransposedConv(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps x (B, h, w, K) to (B, scale·h, scale·w, K)."""
     batch, height, width, channels = x.shape
-    init = uniform_fan_in(self.scale**2 * channels)
+    zeros = nn.initializers.zeros
     kernel = self.param(
-      "kernel", init, (channels, self.scale, self.scale, channels)
+      "kernel", zeros, (channels, self.scale, self.scale, channels)
     )
-    bias = self.param("bias", init, (channels,))
+    bias = self.param("bias", zeros, (channels,))
     x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
     x = jnp.einsum("bhwk,kijo->bhiwjo", x, kernel) + bias
     return x.reshape(batch, self.scale * height, self.scale * width, channels)

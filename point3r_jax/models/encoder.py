@@ -34,7 +34,6 @@ class VisionTransformer(nn.Module):
     patch_size: side of a patch in pixels.
     mlp_ratio: hidden over outer width.
     compute: precision and kernels.
-    xavier: initialise the linear maps as Xavier uniform with zero bias.
     scan_layers: one scanned block with stacked parameters (`blocks`) instead of
       one block a layer (`block_0`, `block_1`, …).
   """
@@ -45,7 +44,6 @@ class VisionTransformer(nn.Module):
   patch_size: int
   mlp_ratio: int
   compute: Compute
-  xavier: bool = False
   scan_layers: bool = False
 
   @nn.compact
@@ -53,15 +51,13 @@ class VisionTransformer(nn.Module):
     """Encodes a map (B, H, W, K) float32 to tokens (B, h·w, width) float32."""
     grid = tuple(side // self.patch_size for side in image.shape[1:3])
     # Float32 under every policy: cheap, and point maps are not rounded.
-    x = Linear(self.width, jnp.float32, self.xavier, name="patch_embed")(
+    x = Linear(self.width, jnp.float32, name="patch_embed")(
       patchify(image, self.patch_size)
     )
     rotary = rotary_2d(grid, self.width // self.heads)
 
     def block(name: str) -> EncoderBlock:
-      return EncoderBlock(
-        self.heads, self.mlp_ratio, self.compute, self.xavier, name=name
-      )
+      return EncoderBlock(self.heads, self.mlp_ratio, self.compute, name=name)
 
     if self.scan_layers:
       scanned = nn.scan(

@@ -1,4 +1,8 @@
-"""The layers that all parts share: linear maps, norms, attention blocks."""
+"""The layers that all parts share: linear maps, norms, attention blocks.
+
+Parameters are declared with zeros: how training starts them is a table of its
+own, in `point3r_jax.params`.
+"""
 
 from __future__ import annotations
 
@@ -32,39 +36,23 @@ class Compute:
     return self.precision.dtype
 
 
-def uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
-  """PyTorch's default for weights and biases: U(-1/√fan_in, 1/√fan_in)."""
-  bound = fan_in**-0.5
-
-  def init(rng, shape, dtype=jnp.float32):
-    return jax.random.uniform(rng, shape, dtype, -bound, bound)
-
-  return init
-
-
 class Linear(nn.Module):
   """A linear map of the last axis, (…, in) to (…, features).
 
   Attributes:
     features: output channels.
     dtype: type of operands and result.
-    xavier: initialise as Xavier uniform with zero bias, else as PyTorch does.
   """
 
   features: int
   dtype: jnp.dtype
-  xavier: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps x (…, in) to (…, features)."""
-    fan_in = x.shape[-1]
-    if self.xavier:
-      kernel_init, bias_init = nn.initializers.xavier_uniform(), nn.zeros_init()
-    else:
-      kernel_init = bias_init = uniform_fan_in(fan_in)
-    kernel = self.param("kernel", kernel_init, (fan_in, self.features))
-    bias = self.param("bias", bias_init, (self.features,))
+    zeros = nn.initializers.zeros
+    kernel = self.param("kernel", zeros, (x.shape[-1], self.features))
+    bias = self.param("bias", zeros, (self.features,))
     x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
     return x @ kernel + bias
 
@@ -83,20 +71,18 @@ class Mlp(nn.Module):
     hidden: channels between the two.
     features: output channels.
     dtype: type of the products' operands.
-    xavier: see `Linear`.
   """
 
   hidden: int
   features: int
   dtype: jnp.dtype
-  xavier: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps x (…, in) to (…, features)."""
-    x = Linear(self.hidden, self.dtype, self.xavier, name="hidden")(x)
+    x = Linear(self.hidden, self.dtype, name="hidden")(x)
     x = nn.gelu(x, approximate=False)
-    return Linear(self.features, self.dtype, self.xavier, name="output")(x)
+    return Linear(self.features, self.dtype, name="output")(x)
 
 
 class SelfAttention(nn.Module):
@@ -104,7 +90,6 @@ class SelfAttention(nn.Module):
 
   heads: int
   compute: Compute
-  xavier: bool = False
 
   @nn.compact
   def __call__(
@@ -124,12 +109,12 @@ class SelfAttention(nn.Module):
       (B, N, D).
     """
     batch, tokens, width = x.shape
-    qkv = Linear(3 * width, self.compute.dtype, self.xavier, name="qkv")(x)
+    qkv = Linear(3 * width, self.compute.dtype, name="qkv")(x)
     qkv = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
     query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
     query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
     x = attention(query, key, value, length, self.compute.attention)
-    return Linear(width, self.compute.dtype, self.xavier, name="projection")(
+    return Linear(width, self.compute.dtype, name="projection")(
       x.reshape(batch, tokens, width)
     )
 
@@ -139,7 +124,6 @@ class CrossAttention(nn.Module):
 
   heads: int
   compute: Compute
-  xavier: bool = False
 
   @nn.compact
   def __call__(
@@ -165,14 +149,14 @@ class CrossAttention(nn.Module):
     width = x.shape[-1]
 
     def project(tokens, name):
-      y = Linear(width, self.compute.dtype, self.xavier, name=name)(tokens)
+      y = Linear(width, self.compute.dtype, name=name)(tokens)
       return y.reshape(*y.shape[:2], self.heads, width // self.heads)
 
     query = apply_rotary(project(x, "query"), rotary)
     key = apply_rotary(project(context, "key"), context_rotary)
     value = project(context, "value")
     y = attention(query, key, value, context_length, self.compute.attention)
-    return Linear(width, self.compute.dtype, self.xavier, name="projection")(
+    return Linear(width, self.compute.dtype, name="projection")(
       y.reshape(x.shape)
     )
 
@@ -183,21 +167,19 @@ class EncoderBlock(nn.Module):
   heads: int
   mlp_ratio: int
   compute: Compute
-  xavier: bool = False
 
   @nn.compact
   def __call__(
     self, x: jax.Array, rotary: RotaryTable | None = None
   ) -> jax.Array:
     """Maps x (B, N, D) float32 to the same shape and type."""
-    x = x + SelfAttention(
-      self.heads, self.compute, self.xavier, name="attention"
-    )(layer_norm("attention_norm")(x), rotary)
+    x = x + SelfAttention(self.heads, self.compute, name="attention")(
+      layer_norm("attention_norm")(x), rotary
+    )
     return x + Mlp(
       self.mlp_ratio * x.shape[-1],
       x.shape[-1],
       self.compute.dtype,
-      self.xavier,
       name="mlp",
     )(layer_norm("mlp_norm")(x))
 
@@ -208,7 +190,6 @@ class DecoderBlock(nn.Module):
   heads: int
   mlp_ratio: int
   compute: Compute
-  xavier: bool = False
 
   @nn.compact
   def __call__(
@@ -233,12 +214,10 @@ class DecoderBlock(nn.Module):
     Returns:
       (B, N, D) float32. Rows beyond `length` are finite and without meaning.
     """
-    x = x + SelfAttention(
-      self.heads, self.compute, self.xavier, name="self_attention"
-    )(layer_norm("self_norm")(x), rotary, length)
-    x = x + CrossAttention(
-      self.heads, self.compute, self.xavier, name="cross_attention"
-    )(
+    x = x + SelfAttention(self.heads, self.compute, name="self_attention")(
+      layer_norm("self_norm")(x), rotary, length
+    )
+    x = x + CrossAttention(self.heads, self.compute, name="cross_attention")(
       layer_norm("cross_norm")(x),
       layer_norm("context_norm")(context),
       rotary,
@@ -249,7 +228,6 @@ class DecoderBlock(nn.Module):
       self.mlp_ratio * x.shape[-1],
       x.shape[-1],
       self.compute.dtype,
-      self.xavier,
       name="mlp",
     )(layer_norm("mlp_norm")(x))
 

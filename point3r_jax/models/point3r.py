@@ -92,17 +92,13 @@ class Point3R(nn.Module):
       "compute": compute,
       "scan_layers": config.scan_layers,
     }
-    self.encoder = VisionTransformer(
-      depth=config.encoder_depth, xavier=True, **encoder
-    )
+    self.encoder = VisionTransformer(depth=config.encoder_depth, **encoder)
     self.value_encoder = VisionTransformer(depth=config.value_depth, **encoder)
-    self.image_projection = Linear(
-      config.decoder_width, compute.dtype, xavier=True
-    )
+    self.image_projection = Linear(config.decoder_width, compute.dtype)
     self.pointer_projection = Linear(config.decoder_width, compute.dtype)
     self.decoder = InterleavedDecoder(config, compute)
     self.pose_token = self.param(
-      "pose_token", nn.initializers.normal(0.02), (config.decoder_width,)
+      "pose_token", nn.initializers.zeros, (config.decoder_width,)
     )
     self.pose_memory = PoseMemory(config, compute)
     self.pose_head = Mlp(4 * config.decoder_width, 7, jnp.float32)

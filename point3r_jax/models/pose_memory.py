@@ -22,11 +22,11 @@ class PoseMemory(nn.Module):
   def setup(self):
     """Creates the slots' start, the query's blank half and the blocks."""
     width = self.config.decoder_width
-    init = nn.initializers.normal(0.2)
+    zeros = nn.initializers.zeros
     self.initial_slots = self.param(
-      "slots", init, (self.config.pose_slots, 2 * width)
+      "slots", zeros, (self.config.pose_slots, 2 * width)
     )
-    self.masked_token = self.param("masked_token", init, (width,))
+    self.masked_token = self.param("masked_token", zeros, (width,))
     self.projection = Linear(width, self.compute.dtype)
     sizes = (self.config.decoder_heads, self.config.mlp_ratio, self.compute)
     self.read_blocks = [DecoderBlock(*sizes) for _ in range(_DEPTH)]

@@ -1,0 +1,94 @@
+"""Fresh parameters, policies' types and the two layouts of layers."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import point3r_jax as p3r
+from point3r_jax.params import (
+  cast_params,
+  flat_shapes,
+  param_shapes,
+  stack_layers,
+  unstack_layers,
+)
+from tests import micro
+
+SMALL = p3r.preset("small")
+
+
+def test_full_size_without_allocating():
+  shapes = flat_shapes(param_shapes(p3r.preset("point3r_512")))
+  assert sum(np.prod(shape, dtype=int) for shape in shapes.values()) == (
+    828_014_991
+  )
+
+
+def test_fresh_parameters_follow_the_published_start():
+  params = p3r.init_params(SMALL)
+  chex.assert_trees_all_equal_shapes(params, param_shapes(SMALL))
+  block = params["decoder"]["image_block_1"]
+  qkv = block["self_attention"]["qkv"]
+  bound = np.sqrt(6 / (192 + 3 * 192))  # Xavier, of the fused projection.
+  assert 0.99 * bound < np.abs(qkv["kernel"]).max() <= bound
+  assert not qkv["bias"].any()
+  assert (block["self_norm"]["scale"] == 1).all()
+  assert not block["self_norm"]["bias"].any()
+
+  query = params["decoder"]["pointer_block_1"]["cross_attention"]["query"]
+  for leaf in query.values():
+    assert 0.9 * 192**-0.5 < np.abs(leaf).max() <= 192**-0.5
+  conv = params["camera_dense"]["layer_1"]["kernel"]
+  assert 0.99 < np.abs(conv).max() * (9 * conv.shape[2]) ** 0.5 <= 1
+  resize = params["camera_dense"]["resize_0"]
+  for leaf in resize.values():
+    assert 0.8 < np.abs(leaf).max() * (16 * 24) ** 0.5 <= 1
+
+  assert params["pose_token"].std() == pytest.approx(0.02, rel=0.2)
+  slots = params["pose_memory"]["slots"]
+  assert slots.std() == pytest.approx(0.2, rel=0.05)
+
+
+def test_fresh_parameters_depend_on_the_seed_only():
+  first, again, other = (p3r.init_params(SMALL, seed) for seed in (0, 0, 1))
+  chex.assert_trees_all_equal(first, again)
+  kernel = first["key_head"]["hidden"]["kernel"]
+  assert (kernel != other["key_head"]["hidden"]["kernel"]).mean() > 0.99
+
+
+@pytest.mark.parametrize("host", [True, False])
+def test_layouts_of_layers_are_inverse(host):
+  params = jax.tree.map(np.asarray if host else jnp.asarray, micro.params())
+  stacked = stack_layers(params)
+  config = micro.CONFIG.replace(scan_layers=True)
+  chex.assert_trees_all_equal_shapes(stacked, param_shapes(config))
+  leaf = stacked["encoder"]["blocks"]["mlp"]["hidden"]["kernel"]
+  assert isinstance(leaf, np.ndarray if host else jax.Array)
+  chex.assert_trees_all_equal(unstack_layers(stacked), params)
+
+
+def test_fresh_parameters_come_in_the_layout_of_the_config():
+  config = micro.CONFIG.replace(scan_layers=True)
+  chex.assert_trees_all_equal(
+    p3r.init_params(config), stack_layers(p3r.init_params(micro.CONFIG))
+  )
+
+
+def test_policies_cast_operands_only():
+  params = cast_params(micro.params(), "bfloat16")
+  low = {"bfloat16", "float32"}
+  assert {str(x.dtype) for x in jax.tree.leaves(params)} == low
+  block = params["decoder"]["image_block_0"]
+  assert block["mlp"]["hidden"]["kernel"].dtype == jnp.bfloat16
+  assert block["mlp_norm"]["scale"].dtype == jnp.float32
+  assert block["mlp_norm"]["bias"].dtype == jnp.float32
+  modulated = params["world_head"]["block_0"]["mlp_norm"]
+  assert modulated["norm"]["bias"].dtype == jnp.float32
+  assert modulated["modulation"]["bias"].dtype == jnp.bfloat16
+  assert params["pose_head"]["output"]["kernel"].dtype == jnp.float32
+  assert params["encoder"]["patch_embed"]["kernel"].dtype == jnp.float32
+  assert params["pose_token"].dtype == jnp.float32
+  unchanged = cast_params(micro.params(), "float32")
+  chex.assert_trees_all_equal(unchanged, micro.params())
