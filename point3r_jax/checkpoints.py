@@ -29,7 +29,8 @@ from point3r_jax.precision import Precision
 
 _CONFIG = "config.json"
 _PARAMS = "params"
-_UNTRAINED = "untrained:"
+# Prefix of names that stand for a preset with random weights.
+UNTRAINED = "untrained:"
 
 
 class CheckpointError(ValueError):
@@ -150,7 +151,7 @@ def load_params_to_host(
   if not directory.is_dir():
     raise CheckpointError(
       f"there is no checkpoint {str(checkpoint)!r}: give a directory that "
-      f"convert_torch_weights.py wrote, or {_UNTRAINED}PRESET with a preset of "
+      f"convert_torch_weights.py wrote, or {UNTRAINED}PRESET with a preset of "
       f"{sorted(PRESETS)}"
     )
   config, _ = _read_config(directory)
@@ -181,9 +182,9 @@ def load_checkpoint(
     CheckpointError: if there is no such checkpoint or it is not complete.
   """
   name = str(checkpoint)
-  if name.startswith(_UNTRAINED):
+  if name.startswith(UNTRAINED):
     try:
-      config = preset(name.removeprefix(_UNTRAINED))
+      config = preset(name.removeprefix(UNTRAINED))
     except ValueError as error:
       raise CheckpointError(str(error)) from error
     params = init_params(config)

@@ -30,7 +30,7 @@ class Precision:
   matmul: str
 
 
-_POLICIES = {
+POLICIES = {
   policy.name: policy
   for policy in (
     Precision("float32", jnp.float32, jnp.float32, "highest"),
@@ -49,8 +49,8 @@ def get_precision(policy: str | Precision | None = None) -> Precision:
     return policy
   if policy is None:
     policy = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-  if policy not in _POLICIES:
+  if policy not in POLICIES:
     raise ValueError(
-      f"unknown precision {policy!r}; there are {sorted(_POLICIES)}"
+      f"unknown precision {policy!r}; there are {sorted(POLICIES)}"
     )
-  return _POLICIES[policy]
+  return POLICIES[policy]

@@ -1,0 +1,302 @@
+"""Reconstructs a scene from a video or images."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import pathlib
+import platform
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import tqdm
+
+from point3r_jax.checkpoints import UNTRAINED, load_checkpoint
+from point3r_jax.cli.common import run
+from point3r_jax.config import ModelConfig
+from point3r_jax.data.errors import InputError
+from point3r_jax.data.frames import FrameSource, open_frames
+from point3r_jax.export.scene import (
+  OUTPUTS,
+  SUMMARY,
+  SceneOptions,
+  SceneWriter,
+  prepare_folder,
+  write_summary,
+)
+from point3r_jax.pipeline import Progress, reconstruct
+from point3r_jax.precision import POLICIES, get_precision
+from point3r_jax.stream import Stream
+
+# Frames whose times are left out of statistics: compilation, first transfers.
+_WARM_UP = 3
+# Exit code of a program that Ctrl-C ended.
+_INTERRUPTED = 130
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="reconstruct.py",
+    description="Reconstructs a scene from a video or images: a colored point "
+    "cloud, camera poses and intrinsics, and depth maps.",
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+  )
+  add = parser.add_argument
+  add(
+    "--input",
+    nargs="+",
+    required=True,
+    help="a video, a folder of images, a glob or several images",
+  )
+  add(
+    "--checkpoint",
+    required=True,
+    help="a directory that convert_torch_weights.py wrote, or "
+    f"{UNTRAINED}PRESET for random weights",
+  )
+  add("--output", required=True, help="the folder to write")
+  add("--overwrite", action="store_true", help="replace earlier results")
+  add(
+    "--write",
+    nargs="+",
+    choices=list(OUTPUTS),
+    default=["scene", "trajectory", "cameras", "depth"],
+    help="what to write",
+  )
+
+  frames = parser.add_argument_group("frames")
+  add = frames.add_argument
+  add(
+    "--size",
+    type=int,
+    help="512 (long side) or 224 (square); default: the checkpoint's",
+  )
+  add("--stride", type=int, default=1, help="take every how many frames one")
+  add("--start", type=int, default=0, help="first frame")
+  add("--end", type=int, help="frame after the last")
+  add("--max_frames", type=int, help="take at most so many")
+  add("--shuffle", action="store_true", help="take images in random order")
+  add("--seed", type=int, default=0, help="of the random order")
+
+  model = parser.add_argument_group("model")
+  add = model.add_argument
+  add(
+    "--precision",
+    choices=sorted(POLICIES),
+    help="default: float32 on a CPU, bfloat16 on accelerators",
+  )
+  add("--capacity", type=int, help="pointers to have room for at the start")
+  add("--max_capacity", type=int, help="pointers never to exceed")
+  add("--no_fusion", action="store_true", help="keep all pointers")
+  add(
+    "--fusion_divisor",
+    type=float,
+    default=20.0,
+    help="the scene's extent over this is the fusion distance",
+  )
+
+  scene = parser.add_argument_group("scene")
+  add = scene.add_argument
+  add(
+    "--confidence",
+    type=float,
+    default=20.0,
+    metavar="PERCENTILE",
+    help="share of each frame's pixels, the least confident, to leave out of "
+    "the cloud",
+  )
+  add(
+    "--voxel_size",
+    type=float,
+    help="edge of the cloud's voxels, in the "
+    "model's unit; default: a 500th of the first frame's extent",
+  )
+  add(
+    "--max_points",
+    type=int,
+    default=10_000_000,
+    help="points beyond which voxels double in size",
+  )
+  add(
+    "--depth_scale",
+    type=float,
+    default=1000.0,
+    help="steps of the 16-bit depth maps per unit",
+  )
+  return parser
+
+
+def _heads(write: Sequence[str]) -> str:
+  """Returns the heads that the outputs need."""
+  camera = {"cameras", "depth", "depth_npz", "confidence"} & set(write)
+  if camera and "scene" in write:
+    return "both"
+  return "camera" if camera else "world"
+
+
+def _versions() -> dict[str, str]:
+  names = ("point3r-jax", "jax", "jaxlib", "flax", "numpy")
+  found = {name: importlib.metadata.version(name) for name in names}
+  return {"python": platform.python_version(), **found}
+
+
+def _statistics(seconds: Sequence[float]) -> dict[str, float] | None:
+  """Returns what a frame took after warm-up; None if there were too few."""
+  seconds = sorted(seconds[_WARM_UP:])
+  if not seconds:
+    return None
+  return {
+    "median": statistics.median(seconds),
+    "mean": statistics.fmean(seconds),
+    "p95": seconds[min(len(seconds) - 1, int(0.95 * len(seconds)))],
+    "frames_left_out": _WARM_UP,
+  }
+
+
+def _summary(
+  flags: argparse.Namespace,
+  stream: Stream,
+  frames: FrameSource,
+  progress: Progress,
+  facts: dict[str, Any],
+) -> dict[str, Any]:
+  lost = frames.lost
+  device = jax.devices()[0]
+  return {
+    "frames": len(progress.pointers),
+    "interrupted": progress.interrupted,
+    "frames_lost": lost.frames,
+    "frames_lost_reason": lost.error,
+    "frames_of_other_shape": frames.mixed_sizes,
+    "resolution": {
+      "height": stream.image_size[0],
+      "width": stream.image_size[1],
+    },
+    "pointers": progress.pointers,
+    "capacity": stream.capacity,
+    "overflow": stream.overflow,
+    "seconds_per_frame": _statistics(progress.seconds),
+    "seconds_of_frames": [round(x, 6) for x in progress.seconds],
+    "compile_seconds": {
+      str(capacity): round(seconds, 3)
+      for capacity, seconds in stream.compile_seconds.items()
+    },
+    "checkpoint": flags.checkpoint,
+    "precision": stream.options.precision.name,
+    "device": f"{device.platform}: {device.device_kind}",
+    "versions": _versions(),
+    "options": vars(flags),
+    **facts,
+  }
+
+
+def _open_stream(
+  flags: argparse.Namespace,
+  config: ModelConfig,
+  params: dict,
+  frames: FrameSource,
+) -> Stream:
+  try:
+    return Stream(
+      config,
+      params,
+      frames.image_size,
+      capacity=flags.capacity,
+      max_capacity=flags.max_capacity,
+      precision=flags.precision,
+      fusion=not flags.no_fusion,
+      fusion_divisor=flags.fusion_divisor,
+      heads=_heads(flags.write),
+    )
+  except ValueError as error:
+    raise InputError(str(error)) from error
+
+
+def _run(flags: argparse.Namespace) -> int:
+  options = SceneOptions(
+    write=flags.write,
+    percentile=flags.confidence,
+    voxel_size=flags.voxel_size,
+    max_points=flags.max_points,
+    depth_scale=flags.depth_scale,
+  )
+  config, params = load_checkpoint(
+    flags.checkpoint, precision=get_precision(flags.precision)
+  )
+  frames = open_frames(
+    flags.input,
+    size=flags.size or config.image_size,
+    stride=flags.stride,
+    start=flags.start,
+    end=flags.end,
+    max_frames=flags.max_frames,
+    shuffle_seed=flags.seed if flags.shuffle else None,
+  )
+  stream = _open_stream(flags, config, params, frames)
+  directory = prepare_folder(flags.output, flags.overwrite)
+  if flags.checkpoint.startswith(UNTRAINED):
+    print("These weights are random: the scene will have no meaning.")
+
+  progress, scene = Progress(), SceneWriter(directory, options)
+  bar = tqdm.tqdm(total=frames.expected_frames, unit="frame", disable=None)
+
+  def report(progress: Progress) -> None:
+    bar.set_postfix(pointers=progress.pointers[-1], refresh=False)
+    bar.update()
+
+  finished = False
+  try:
+    with bar:
+      reconstruct(frames, stream, scene, progress, report)
+    finished = not progress.interrupted
+  finally:
+    # Whatever happened: what is done so far is a valid scene.
+    facts = scene.close(complete=finished)
+    summary = _summary(flags, stream, frames, progress, facts)
+    summary["complete"] = finished and not frames.lost.frames
+    write_summary(directory, summary)
+  return _conclude(directory, summary, frames)
+
+
+def _conclude(
+  directory: pathlib.Path, summary: dict[str, Any], frames: FrameSource
+) -> int:
+  """Says what came out; returns the exit code."""
+  times = summary["seconds_per_frame"]
+  speed = f", {times['median'] * 1e3:.1f} ms a frame" if times else ""
+  print(
+    f"{directory}: {summary['frames']} frames, "
+    f"{summary['pointers'][-1]} pointers{speed}; see {SUMMARY}"
+  )
+  warnings = []
+  if frames.lost.frames:
+    warnings.append(str(frames.lost))
+  if summary["overflow"]:
+    warnings.append(
+      f"{summary['overflow']} pointers found no room and were merged; raise "
+      "--max_capacity to keep them"
+    )
+  if summary.get("depth_png", {}).get("saturated"):
+    warnings.append(
+      f"{summary['depth_png']['saturated']} depths are beyond the 16-bit range "
+      "and count as missing; lower --depth_scale or write depth_npz"
+    )
+  if summary.get("cloud", {}).get("non_finite"):
+    warnings.append(
+      f"{summary['cloud']['non_finite']} points are not finite and left out"
+    )
+  for warning in warnings:
+    print(f"warning: {warning}", file=sys.stderr)
+  if summary["interrupted"]:
+    print("interrupted: the files hold the frames done so far", file=sys.stderr)
+    return _INTERRUPTED
+  return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs the program; returns its exit code."""
+  flags = _parser().parse_args(arguments)
+  return run(lambda: _run(flags))

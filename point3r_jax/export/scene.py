@@ -1,0 +1,256 @@
+"""Everything a reconstruction leaves behind, written frame by frame."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+from point3r_jax.data.frames import Frame
+from point3r_jax.export import depth as depth_files
+from point3r_jax.export.cameras import CameraFrame, CameraWriter
+from point3r_jax.export.cloud import VoxelCloud, confidence_mask
+from point3r_jax.export.files import atomic_file
+from point3r_jax.export.ply import write_ply
+from point3r_jax.export.trajectory import TrajectoryWriter
+
+# What can be written, and the file or folder that it goes to.
+OUTPUTS = {
+  "scene": "scene.ply",
+  "trajectory": "trajectory.txt",
+  "cameras": "cameras.json",
+  "depth": "depth",
+  "depth_npz": "depth",
+  "confidence": "confidence",
+}
+SUMMARY = "summary.json"
+
+
+class OutputError(ValueError):
+  """An output folder that must not be written to, or results that cannot."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FrameResult:
+  """What is known of a frame; None where it was not computed.
+
+  Attributes:
+    pose: (7,) camera-to-world translation and quaternion w, x, y, z.
+    camera_to_world: (4, 4) the same as a matrix.
+    points_world: (H, W, 3) float32 in the global frame.
+    confidence_world: (H, W) float32.
+    depth: (H, W) float32 z-depth in the camera's frame.
+    confidence_camera: (H, W) float32.
+    intrinsics: (3, 3) of the network's image.
+  """
+
+  pose: np.ndarray
+  camera_to_world: np.ndarray
+  points_world: np.ndarray | None
+  confidence_world: np.ndarray | None
+  depth: np.ndarray | None
+  confidence_camera: np.ndarray | None
+  intrinsics: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneOptions:
+  """What to write and how.
+
+  Attributes:
+    write: names of `OUTPUTS`.
+    percentile: share of a frame's least confident pixels, in percent, that the
+      cloud leaves out.
+    voxel_size: edge of the cloud's voxels in the model's unit; None: a 500th of
+      the first frame's extent.
+    max_points: points beyond which the cloud's voxels double in size.
+    depth_scale: steps of the depth PNGs per unit.
+  """
+
+  write: Collection[str] = ("scene", "trajectory", "cameras", "depth")
+  percentile: float = 20.0
+  voxel_size: float | None = None
+  max_points: int = 10_000_000
+  depth_scale: float = 1000.0
+
+  def __post_init__(self):
+    """Refuses names and values that make no sense."""
+    unknown = sorted(set(self.write) - set(OUTPUTS))
+    if unknown:
+      raise OutputError(f"cannot write {unknown}; there are {list(OUTPUTS)}")
+    if not 0 <= self.percentile < 100:
+      raise OutputError(
+        f"the confidence percentile must be in [0, 100), not {self.percentile}"
+      )
+    if self.voxel_size is not None and not self.voxel_size > 0:
+      raise OutputError(f"the voxel size must be > 0, not {self.voxel_size}")
+    if self.max_points < 1000:
+      raise OutputError(f"max_points must be >= 1000, not {self.max_points}")
+    if not self.depth_scale > 0:
+      raise OutputError(f"the depth scale must be > 0, not {self.depth_scale}")
+
+
+def prepare_folder(
+  directory: str | os.PathLike[str], overwrite: bool
+) -> pathlib.Path:
+  """Makes the output folder.
+
+  Args:
+    directory: to make.
+    overwrite: remove an earlier reconstruction; other files stay.
+
+  Raises:
+    OutputError: if there is something in the folder and it may not go.
+  """
+  directory = pathlib.Path(directory)
+  if directory.is_dir() and any(directory.iterdir()) and not overwrite:
+    raise OutputError(
+      f"{directory} is not empty; choose another folder or use --overwrite"
+    )
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in {*OUTPUTS.values(), SUMMARY}:
+      path = directory / name
+      if path.is_dir():
+        shutil.rmtree(path)
+      else:
+        path.unlink(missing_ok=True)
+  except OSError as error:
+    raise OutputError(f"cannot write to {directory}: {error}") from error
+  return directory
+
+
+class SceneWriter:
+  """Writes the outputs; memory does not grow with the number of frames.
+
+  Trajectory, cameras and maps are complete after every frame, the cloud when
+  the writer is closed.
+  """
+
+  def __init__(self, directory: pathlib.Path, options: SceneOptions):
+    """Starts the files in a folder that `prepare_folder` made."""
+    self._directory = directory
+    self._options = options
+    self._frames = 0
+    self._depth_counts = depth_files.DepthPngCounts(0, 0, 0)
+    self._open = contextlib.ExitStack()
+    write = options.write
+    self._cloud = self._trajectory = self._cameras = None
+    if "scene" in write:
+      self._cloud = VoxelCloud(options.voxel_size, options.max_points)
+    if "trajectory" in write:
+      self._trajectory = self._open.enter_context(
+        TrajectoryWriter(directory / OUTPUTS["trajectory"])
+      )
+    if "cameras" in write:
+      self._cameras = CameraWriter(directory / OUTPUTS["cameras"])
+    for name in {"depth", "depth_npz", "confidence"} & set(write):
+      (directory / OUTPUTS[name]).mkdir(exist_ok=True)
+
+  def write(self, frame: Frame, result: FrameResult) -> None:
+    """Writes one frame.
+
+    Args:
+      frame: the network's image and where it came from.
+      result: what the model made of it.
+
+    Raises:
+      OutputError: if the pose or the intrinsics are not finite; nothing of the
+        frame is written then.
+    """
+    numbers = [result.camera_to_world]
+    if self._cameras:
+      numbers.append(result.intrinsics)
+    if not all(np.isfinite(x).all() for x in numbers):
+      raise OutputError(
+        f"{frame.source}, frame {frame.index}: the model gave a camera that is "
+        "not finite; are the weights damaged, or is the precision too low?"
+      )
+    name = f"{self._frames:06d}"
+    # A file without timestamps still has an order.
+    timestamp = frame.index if frame.timestamp is None else frame.timestamp
+    depth_file = self._write_maps(name, result)
+    if self._cloud:
+      mask = confidence_mask(result.confidence_world, self._options.percentile)
+      self._cloud.add(result.points_world[mask], frame.image[mask])
+    if self._trajectory:
+      self._trajectory.write(timestamp, result.pose)
+    if self._cameras:
+      preparation = frame.preparation
+      self._cameras.write(
+        CameraFrame(
+          camera_to_world=result.camera_to_world,
+          intrinsics=result.intrinsics,
+          image_size=preparation.network_size,
+          original_intrinsics=preparation.intrinsics_to_source(
+            result.intrinsics
+          ),
+          original_size=preparation.source_size,
+          source_file=frame.source,
+          source_index=frame.index,
+          timestamp=timestamp,
+          depth_file=depth_file,
+        )
+      )
+    self._frames += 1
+
+  def _write_maps(self, name: str, result: FrameResult) -> str | None:
+    """Writes depth and confidence; returns the depth map's name."""
+    depth_file = None
+    if "depth_npz" in self._options.write:
+      depth_file = f"{OUTPUTS['depth_npz']}/{name}.npz"
+      depth_files.write_depth_npz(self._directory / depth_file, result.depth)
+    if "depth" in self._options.write:
+      depth_file = f"{OUTPUTS['depth']}/{name}.png"
+      counts = depth_files.write_depth_png(
+        self._directory / depth_file, result.depth, self._options.depth_scale
+      )
+      self._depth_counts = depth_files.DepthPngCounts(
+        *map(sum, zip(self._depth_counts, counts, strict=True))
+      )
+    if "confidence" in self._options.write:
+      depth_files.write_confidence_npz(
+        self._directory / OUTPUTS["confidence"] / f"{name}.npz",
+        result.confidence_camera,
+      )
+    return depth_file
+
+  def close(self, complete: bool) -> dict[str, Any]:
+    """Writes the cloud and ends the other files.
+
+    Args:
+      complete: whether all frames of the input were written.
+
+    Returns:
+      JSON-friendly facts for the summary.
+    """
+    facts = {}
+    self._open.close()
+    if self._cameras:
+      self._cameras.close(complete)
+    if self._cloud:
+      write_ply(self._directory / OUTPUTS["scene"], *self._cloud.arrays())
+      facts["cloud"] = {
+        **dataclasses.asdict(self._cloud.summary()),
+        "confidence_percentile": self._options.percentile,
+      }
+    if "depth" in self._options.write:
+      facts["depth_png"] = {
+        "scale": self._options.depth_scale,
+        "no_depth": "0",
+        **self._depth_counts._asdict(),
+      }
+    return facts
+
+
+def write_summary(directory: pathlib.Path, summary: dict[str, Any]) -> None:
+  """Writes summary.json."""
+  with atomic_file(directory / SUMMARY) as file:
+    file.write((json.dumps(summary, indent=2) + "\n").encode())

@@ -1,0 +1,174 @@
+"""Frames in, files out: decoding, the device and writing work side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import jax
+import numpy as np
+
+from point3r_jax.data.frames import Frame, prefetch
+from point3r_jax.export.scene import FrameResult, SceneWriter
+from point3r_jax.geometry import (
+  estimate_focal,
+  intrinsics_matrix,
+  pose_to_matrix,
+)
+from point3r_jax.stream import Stream
+from point3r_jax.streaming import Prediction
+
+# Frames between the device and the disk: enough to keep both busy.
+_IN_FLIGHT = 4
+
+
+@dataclasses.dataclass
+class Progress:
+  """What has been done so far; grows as frames are written.
+
+  Attributes:
+    pointers: pointers in memory after each written frame.
+    seconds: time from one written frame to the next; the first is from the
+      start, so it holds the compilation.
+    interrupted: whether a Ctrl-C ended the run.
+  """
+
+  pointers: list[int] = dataclasses.field(default_factory=list)
+  seconds: list[float] = dataclasses.field(default_factory=list)
+  interrupted: bool = False
+
+
+@jax.jit
+def _summarise(prediction: Prediction) -> dict[str, jax.Array | None]:
+  """Reduces a prediction of batch 1 to what is written, on the device."""
+  prediction = jax.tree.map(lambda x: x[0], prediction)
+  depth = intrinsics = None
+  if prediction.points_camera is not None:
+    depth = prediction.points_camera[..., 2]
+    focal = estimate_focal(prediction.points_camera)
+    intrinsics = intrinsics_matrix(focal, depth.shape)
+  return {
+    "pose": prediction.pose,
+    "camera_to_world": pose_to_matrix(prediction.pose),
+    "points_world": prediction.points_world,
+    "confidence_world": prediction.confidence_world,
+    "depth": depth,
+    "confidence_camera": prediction.confidence_camera,
+    "intrinsics": intrinsics,
+  }
+
+
+@contextlib.contextmanager
+def _interrupt_flag() -> Iterator[threading.Event]:
+  """Turns the first Ctrl-C into a flag; the second interrupts as usual."""
+  flag = threading.Event()
+  if threading.current_thread() is not threading.main_thread():
+    yield flag
+    return
+
+  def handle(*_):
+    flag.set()
+    signal.signal(signal.SIGINT, previous)
+
+  previous = signal.signal(signal.SIGINT, handle)
+  try:
+    yield flag
+  finally:
+    signal.signal(signal.SIGINT, previous)
+
+
+class _Writer:
+  """A thread that waits for results and writes them, in order."""
+
+  def __init__(
+    self,
+    scene: SceneWriter,
+    progress: Progress,
+    report: Callable[[Progress], None],
+  ):
+    self._scene = scene
+    self._progress = progress
+    self._report = report
+    self._error = None
+    self._work = queue.Queue(_IN_FLIGHT)
+    self._last = time.perf_counter()
+    self._thread = threading.Thread(target=self._run, name="writer")
+    self._thread.start()
+
+  def put(self, frame: Frame, result: dict, pointers: jax.Array) -> None:
+    """Hands over a frame; waits for room. Raises what writing raised."""
+    if self._error:
+      raise self._error
+    for array in jax.tree.leaves(result):
+      array.copy_to_host_async()
+    self._work.put((frame, result, pointers))
+
+  def close(self) -> None:
+    """Waits until all is written; raises what writing raised."""
+    self._work.put(None)
+    self._thread.join()
+    if self._error:
+      raise self._error
+
+  def _run(self) -> None:
+    while item := self._work.get():
+      if self._error:
+        continue  # Keep taking, so that `put` never waits for ever.
+      try:
+        self._write(*item)
+      except Exception as error:  # Raised in the main thread.
+        self._error = error
+
+  def _write(self, frame: Frame, result: dict, pointers: jax.Array) -> None:
+    host = {
+      key: None if x is None else np.asarray(x) for key, x in result.items()
+    }
+    self._scene.write(frame, FrameResult(**host))
+    now = time.perf_counter()
+    self._progress.pointers.append(int(pointers[0]))
+    self._progress.seconds.append(now - self._last)
+    self._last = now
+    self._report(self._progress)
+
+
+def reconstruct(
+  frames: Iterable[Frame],
+  stream: Stream,
+  scene: SceneWriter,
+  progress: Progress,
+  report: Callable[[Progress], None] = lambda _: None,
+) -> None:
+  """Streams frames through a model and writes what comes out.
+
+  Host memory does not grow with the number of frames. A Ctrl-C ends the run
+  after the frames under way are written.
+
+  Args:
+    frames: of the stream's image size.
+    stream: a fresh or reset stream.
+    scene: takes the results; to be closed by the caller, also after an error.
+    progress: is told what has been done, also up to an error.
+    report: called after each written frame, from another thread.
+
+  Raises:
+    InputError: if a frame cannot be read.
+    OutputError: if a result cannot be written.
+  """
+  writer = _Writer(scene, progress, report)
+  with (
+    _interrupt_flag() as interrupted,
+    contextlib.closing(writer),
+    contextlib.closing(prefetch(frames)) as ready,
+  ):
+    for frame in ready:
+      if interrupted.is_set():
+        progress.interrupted = True
+        break
+      prediction = stream(frame.image)
+      result = _summarise(prediction)
+      writer.put(frame, result, prediction.pointer_count)
