@@ -37,6 +37,14 @@ class CheckpointError(ValueError):
   """A checkpoint that is missing, incomplete or of another model."""
 
 
+def _checkpointer() -> ocp.Checkpointer:
+  """Returns a reader and writer that holds little besides the parameters."""
+  return ocp.Checkpointer(
+    # Weights hardly compress.
+    ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, use_compression=False)
+  )
+
+
 def check_params(config: ModelConfig, params: Mapping[str, Any]) -> None:
   """Raises CheckpointError unless the tree is just what the config needs."""
   want = flat_shapes(param_shapes(config))
@@ -94,8 +102,8 @@ def save_checkpoint(
   part.mkdir(parents=True)
   contents = {"model": config.to_dict(), "metadata": dict(metadata or {})}
   (part / _CONFIG).write_text(json.dumps(contents, indent=2) + "\n")
-  with ocp.PyTreeCheckpointer() as checkpointer:
-    checkpointer.save(part / _PARAMS, params)
+  with _checkpointer() as checkpointer:
+    checkpointer.save(part / _PARAMS, ocp.args.PyTreeSave(params))
   if directory.exists():
     shutil.rmtree(directory)
   part.rename(directory)
@@ -125,7 +133,7 @@ def _read_config(
 def _restore(path: pathlib.Path) -> dict:
   """Reads parameters to host memory."""
   try:
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
       tree = checkpointer.metadata(path).item_metadata.tree
       as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
       arguments = jax.tree.map(lambda _: as_numpy, tree)

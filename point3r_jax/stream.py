@@ -6,6 +6,8 @@ import collections
 import concurrent.futures
 import logging
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -22,6 +24,18 @@ from point3r_jax.streaming import Prediction, StepOptions, step_fn
 
 # How full the memory is when the next capacity is compiled in the background.
 _COMPILE_AHEAD = 0.5
+
+
+class _Program(NamedTuple):
+  """What is compiled for one capacity.
+
+  Attributes:
+    step: (params, memory, image) → (memory, prediction).
+    enlarge: memory of the capacity before → memory of this one.
+  """
+
+  step: Callable[..., tuple[PointerMemory, Prediction]]
+  enlarge: Callable[[PointerMemory], PointerMemory]
 
 
 class Stream:
@@ -93,7 +107,7 @@ class Stream:
     self._tokens = self.memory.image_position.shape[1]
     self._step = jax.jit(step_fn, static_argnums=(0, 1), donate_argnums=3)
     self._grow = jax.jit(grow, static_argnums=1)
-    self._executables = {}
+    self._programs = {}
     self._compiler = concurrent.futures.ThreadPoolExecutor(1, "compile-ahead")
     self._forget_counts()
 
@@ -120,7 +134,7 @@ class Stream:
 
   def wait_for_compiles(self) -> None:
     """Returns once no step is being compiled in the background."""
-    concurrent.futures.wait(self._executables.values())
+    concurrent.futures.wait(self._programs.values())
 
   def __call__(self, image: np.ndarray | jax.Array) -> Prediction:
     """Takes the next image.
@@ -145,30 +159,36 @@ class Stream:
         f"images must be uint8, or float32 in [-1, 1], not {image.dtype}"
       )
     self._make_room(image.dtype)
-    step = self._executable(self.capacity, image.dtype).result()
-    self.memory, prediction = step(self._params, self.memory, image)
+    program = self._program(self.capacity, image.dtype).result()
+    self.memory, prediction = program.step(self._params, self.memory, image)
     self._pending.append((prediction.pointer_count, prediction.overflow))
     self.frames += 1
     return prediction
 
-  def _executable(self, capacity: int, dtype) -> concurrent.futures.Future:
-    """Returns the step for a capacity, compiled or being compiled."""
+  def _program(self, capacity: int, dtype) -> concurrent.futures.Future:
+    """Returns the programs for a capacity, compiled or being compiled."""
     key = (capacity, np.dtype(dtype))
-    if key not in self._executables:
-      self._executables[key] = self._compiler.submit(self._compile, *key)
-    return self._executables[key]
+    if key not in self._programs:
+      self._programs[key] = self._compiler.submit(
+        self._compile, *key, self.capacity
+      )
+    return self._programs[key]
 
-  def _compile(self, capacity: int, dtype: np.dtype):
+  def _compile(self, capacity: int, dtype: np.dtype, before: int) -> _Program:
     start = time.perf_counter()
-    memory = jax.eval_shape(
-      lambda: init_memory(self.config, 1, self.image_size, capacity)
-    )
+
+    def memory(capacity):
+      return jax.eval_shape(
+        lambda: init_memory(self.config, 1, self.image_size, capacity)
+      )
+
     image = jax.ShapeDtypeStruct((1, *self.image_size, 3), dtype)
-    executable = self._step.lower(
-      self.config, self.options, self._params, memory, image
+    step = self._step.lower(
+      self.config, self.options, self._params, memory(capacity), image
     ).compile()
+    enlarge = self._grow.lower(memory(before), capacity).compile()
     self.compile_seconds[capacity] = time.perf_counter() - start
-    return executable
+    return _Program(step, enlarge)
 
   def _next_capacity(self) -> int:
     """Returns half as much room again, at least a frame's, within limits."""
@@ -187,9 +207,9 @@ class Stream:
     if larger == self.capacity:
       return
     if self._bound() > self.capacity:
-      self.memory = self._grow(self.memory, larger)
+      self.memory = self._program(larger, dtype).result().enlarge(self.memory)
     elif self._bound() > _COMPILE_AHEAD * self.capacity and self.frames:
-      self._executable(larger, dtype)
+      self._program(larger, dtype)
 
   def _bound(self) -> int:
     """Returns the most pointers that the next frame can lead to."""
