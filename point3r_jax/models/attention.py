@@ -11,8 +11,10 @@ import jax.numpy as jnp
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "tpu")
 
-# The TPU kernel works on blocks of this many tokens.
+# The TPU kernel works on blocks of this many tokens. JAX's cuDNN attention has
+# no gradient for odd numbers of tokens.
 _TPU_BLOCK = 128
+_CUDNN_BLOCK = 2
 
 
 def _choose(query: jax.Array) -> str:
@@ -56,15 +58,36 @@ def attention(
     )
   if implementation == "auto":
     implementation = _choose(query)
-  if implementation == "tpu":
-    return _tpu_attention(query, key, value, key_length)
-  return jax.nn.dot_product_attention(
-    query,
-    key,
-    value,
-    key_value_seq_lengths=key_length,
-    implementation=implementation,
-  )
+  if implementation == "xla":
+    return jax.nn.dot_product_attention(
+      query,
+      key,
+      value,
+      key_value_seq_lengths=key_length,
+      implementation="xla",
+    )
+  # The other kernels want whole blocks of tokens.
+  num_queries, num_keys = query.shape[1], key.shape[1]
+  block = {"cudnn": _CUDNN_BLOCK, "tpu": _TPU_BLOCK}[implementation]
+  query, key, value = (_pad_tokens(x, block) for x in (query, key, value))
+  if key_length is None and key.shape[1] != num_keys:
+    key_length = jnp.full(key.shape[:1], num_keys, jnp.int32)
+  if implementation == "cudnn":
+    result = jax.nn.dot_product_attention(
+      query,
+      key,
+      value,
+      key_value_seq_lengths=key_length,
+      implementation="cudnn",
+    )
+  else:
+    result = _tpu_attention(query, key, value, key_length)
+  return result[:, :num_queries]
+
+
+def _pad_tokens(x: jax.Array, block: int) -> jax.Array:
+  """Pads (B, N, heads, d) with zeros to a multiple of `block` tokens."""
+  return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0)))
 
 
 def _tpu_attention(
@@ -73,27 +96,21 @@ def _tpu_attention(
   value: jax.Array,
   key_length: jax.Array | None,
 ) -> jax.Array:
-  """Pallas flash attention; padding is kept apart by segment."""
+  """Pallas flash attention; keys beyond the length are another segment."""
   from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
-  batch, num_queries, _, head_dim = query.shape
-  num_keys = key.shape[1]
-
-  def prepare(x):
-    pad = -x.shape[1] % _TPU_BLOCK
-    return jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2)
-
-  query, key, value = map(prepare, (query, key, value))
-  if key_length is None:
-    key_length = jnp.full((batch,), num_keys, jnp.int32)
-  valid = jnp.arange(key.shape[2]) < key_length[:, None]
-  segments = flash.SegmentIds(
-    q=jnp.ones((batch, query.shape[2]), jnp.int32), kv=valid.astype(jnp.int32)
-  )
+  segments = None
+  if key_length is not None:
+    valid = jnp.arange(key.shape[1]) < key_length[:, None]
+    segments = flash.SegmentIds(
+      q=jnp.ones(query.shape[:2], jnp.int32), kv=valid.astype(jnp.int32)
+    )
   # The kernel knows these two precisions only.
   full = query.dtype == jnp.float32
   with jax.default_matmul_precision("highest" if full else "default"):
     result = flash.flash_attention(
-      query, key, value, segment_ids=segments, sm_scale=head_dim**-0.5
+      *(x.swapaxes(1, 2) for x in (query, key, value)),
+      segment_ids=segments,
+      sm_scale=query.shape[-1] ** -0.5,
     )
-  return result.swapaxes(1, 2)[:, :num_queries]
+  return result.swapaxes(1, 2)

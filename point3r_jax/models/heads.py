@@ -39,8 +39,8 @@ def pose_encoding(raw: jax.Array) -> jax.Array:
     (…, 7): translation, then a unit quaternion (w, x, y, z) with w ≥ 0.
   """
   quaternion = raw[..., 3:]
-  norm = jnp.linalg.norm(quaternion, axis=-1, keepdims=True)
-  quaternion = quaternion / jnp.maximum(norm, 1e-12)
+  square = jnp.sum(quaternion * quaternion, axis=-1, keepdims=True)
+  quaternion = quaternion * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
   quaternion = jnp.where(quaternion[..., :1] < 0, -quaternion, quaternion)
   translation = _exponential_length(raw[..., :3])
   return jnp.concatenate([translation, quaternion], axis=-1)

@@ -1,0 +1,160 @@
+"""Parts against their plain definitions."""
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+
+from point3r_jax.models import dpt
+from point3r_jax.models.attention import attention
+from point3r_jax.models.encoder import patchify
+from point3r_jax.models.heads import point_map, pose_encoding
+from point3r_jax.models.rotary import (
+  apply_rotary,
+  disable_where,
+  prepend_identity,
+  rotary_2d,
+  rotary_3d,
+)
+
+BASES = (10.0, 100.0, 1000.0, 10000.0)
+
+
+def rotate_group(x, position, base):
+  """One group of channels (q,) at one coordinate, as the definition says."""
+  size = len(x)
+  half = (size + 1) // 2
+  frequency = base ** (-2 * np.arange(half) / size)
+  angle = np.concatenate([position * frequency] * 2)[:size]
+  rotated = np.concatenate([-x[half:], x[:half]])
+  return x * np.cos(angle) + rotated * np.sin(angle)
+
+
+@pytest.mark.parametrize("head_dim", [12, 48, 64])
+def test_rotary_3d_is_the_mean_of_rotations(head_dim):
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((2, 5, 3, head_dim))
+  position = rng.uniform(-4, 4, (2, 5, 3))
+  table = rotary_3d(jnp.asarray(position, jnp.float32), head_dim, BASES)
+  result = apply_rotary(jnp.asarray(x, jnp.float32), table)
+  third = head_dim // 3
+  bounds = [0, third, 2 * third, head_dim]
+  expected = np.zeros_like(x)
+  for index in np.ndindex(2, 5, 3):
+    for axis in range(3):
+      group = slice(bounds[axis], bounds[axis + 1])
+      expected[index][group] = np.mean(
+        [
+          rotate_group(x[index][group], position[index[:2]][axis], base)
+          for base in BASES
+        ],
+        axis=0,
+      )
+  np.testing.assert_allclose(result, expected, atol=1e-5)
+
+
+def test_rotary_2d_depends_on_relative_positions():
+  """Dot products of rotated vectors see only differences of indices."""
+  rng = np.random.default_rng(0)
+  query, key = (jnp.asarray(rng.standard_normal(16), jnp.float32) for _ in "qk")
+  table = rotary_2d((4, 6), 16)
+
+  def rotate(x):
+    tokens = jnp.broadcast_to(x, (1, 24, 1, 16))
+    return apply_rotary(tokens, table)[0, :, 0].reshape(4, 6, 16)
+
+  scores = jnp.einsum("yxd,vud->yxvu", rotate(query), rotate(key))
+  np.testing.assert_allclose(scores[0, 1, 2, 3], scores[1, 3, 3, 5], rtol=1e-4)
+  assert abs(scores[0, 1, 2, 3] - scores[0, 1, 3, 3]) > 1e-3
+
+
+def test_rotary_can_be_disabled_for_samples_and_tokens():
+  position = jnp.ones((2, 3, 3))
+  table = disable_where(rotary_3d(position, 12, BASES), jnp.array([1, 0], bool))
+  table = prepend_identity(table)
+  x = jnp.ones((2, 4, 1, 12))
+  result = apply_rotary(x, table)
+  np.testing.assert_array_equal(result[0], x[0])
+  np.testing.assert_array_equal(result[1, 0], x[1, 0])
+  assert (jnp.abs(result[1, 1:] - x[1, 1:]).max(-1) > 0.1).all()
+
+
+@hypothesis.given(height=st.integers(1, 7), width=st.integers(1, 7))
+@hypothesis.settings(deadline=None, max_examples=10)
+def test_upsample_is_bilinear_with_aligned_corners(height, width):
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((1, height, width, 2)).astype(np.float32)
+  rows = np.linspace(0, height - 1, 2 * height)
+  columns = np.linspace(0, width - 1, 2 * width)
+  expected = np.empty((1, 2 * height, 2 * width, 2))
+  for k in range(2):
+    tall = [np.interp(rows, np.arange(height), c) for c in x[0, :, :, k].T]
+    wide = [np.interp(columns, np.arange(width), r) for r in np.transpose(tall)]
+    expected[0, ..., k] = wide
+  np.testing.assert_allclose(dpt.upsample(x), expected, atol=1e-5)
+  cropped = dpt.upsample(x, keep=(2 * height - 1, width))
+  np.testing.assert_allclose(cropped, expected[:, :-1, :width], atol=1e-5)
+
+
+def test_upsample_keeps_constants_in_bfloat16():
+  x = jnp.full((1, 5, 7, 1), 3.0, jnp.bfloat16)
+  np.testing.assert_array_equal(dpt.upsample(x).astype(np.float32), 3.0)
+
+
+def test_patchify_is_row_major():
+  image = jnp.arange(2 * 6).reshape(1, 2, 6, 1)
+  patches = patchify(image, 2)
+  np.testing.assert_array_equal(
+    patches[0], [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
+  )
+
+
+@pytest.mark.parametrize("lengths", [None, (1, 150), (150, 3)])
+@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+def test_attention_is_softmax_over_the_valid_keys(implementation, lengths):
+  rng = np.random.default_rng(0)
+  query = rng.standard_normal((2, 9, 2, 16)).astype(np.float32)
+  key, value = rng.standard_normal((2, 2, 150, 2, 16)).astype(np.float32)
+  with pltpu.force_tpu_interpret_mode():
+    result = attention(
+      query,
+      key,
+      value,
+      None if lengths is None else jnp.array(lengths, jnp.int32),
+      implementation,
+    )
+  for b in range(2):
+    valid = slice(0, 150 if lengths is None else lengths[b])
+    logits = np.einsum("nhd,mhd->hnm", query[b], key[b, valid]) / 4
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    expected = np.einsum("hnm,mhd->nhd", weights, value[b, valid])
+    np.testing.assert_allclose(result[b], expected, atol=1e-5)
+
+
+def test_unknown_attention_is_refused():
+  with pytest.raises(ValueError, match="unknown attention"):
+    attention(*jnp.zeros((3, 1, 2, 1, 8)), implementation="magic")
+
+
+def test_activations():
+  raw = jnp.array([[3.0, 0.0, 4.0, 0.5], [0.0, 0.0, 0.0, -2.0]])
+  points, confidence = point_map(raw)
+  np.testing.assert_allclose(
+    points, [np.expm1(5) * np.array([0.6, 0, 0.8]), [0, 0, 0]], rtol=1e-6
+  )
+  np.testing.assert_allclose(confidence, 1 + np.exp([0.5, -2]), rtol=1e-6)
+
+  pose = pose_encoding(jnp.array([3.0, 0, 4, -2, 0, 0, 2]))
+  np.testing.assert_allclose(pose[:3], np.expm1(5) * np.array([0.6, 0, 0.8]))
+  np.testing.assert_allclose(pose[3:], [0.5**0.5, 0, 0, -(0.5**0.5)], rtol=1e-6)
+
+
+def test_activations_have_finite_gradients_at_zero():
+  gradient = jax.grad(lambda x: point_map(x)[0].sum())(jnp.zeros(4))
+  assert jnp.isfinite(gradient).all()
+  gradient = jax.jacobian(pose_encoding)(jnp.zeros(7))
+  assert jnp.isfinite(gradient).all()
