@@ -106,6 +106,14 @@ class VideoFile:
     )
 
 
+# Titles in an unknown encoding are no reason to fail; from PyAV 19 they aren't.
+_LENIENT = (
+  {"metadata_errors": "replace"}
+  if int(av.__version__.split(".")[0]) < 19
+  else {}
+)
+
+
 @contextlib.contextmanager
 def _open(
   path: str,
@@ -113,7 +121,7 @@ def _open(
   """Opens a video and finds its main video stream."""
   try:
     # The prefix keeps FFmpeg from reading a protocol into the file's name.
-    container = av.open(f"file:{path}", metadata_errors="replace")
+    container = av.open(f"file:{path}", **_LENIENT)
   except (av.FFmpegError, OSError) as error:
     raise InputError(
       f"{path}: cannot open the video ({_reason(error)}); is the file complete?"
@@ -179,11 +187,9 @@ def _display(frame: av.VideoFrame, stream: av.VideoStream) -> _Display:
   Once a stream is enough, and asking every frame for its side data would make
   reference cycles that keep the frames alive until the garbage collector runs.
   """
-  matrices = [
-    bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"
-  ]
+  matrix = frame.side_data.get("DISPLAYMATRIX")
   aspect = float(stream.sample_aspect_ratio or 1)
-  return _Display(aspect, matrices[0] if matrices else None)
+  return _Display(aspect, None if matrix is None else bytes(matrix))
 
 
 def _to_image(frame: av.VideoFrame, display: _Display) -> Image.Image:
