@@ -8,7 +8,7 @@ import pathlib
 os.environ["XLA_FLAGS"] = " ".join(
   [
     os.environ.get("XLA_FLAGS", ""),
-    "--xla_backend_optimization_level=1",
+    "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
   ]
 )

@@ -12,7 +12,7 @@ from point3r_jax.params import param_shapes
 CONFIG = p3r.ModelConfig(
   image_size=64,
   encoder_width=32,
-  encoder_depth=2,
+  encoder_depth=1,
   encoder_heads=2,
   decoder_width=48,
   decoder_depth=4,

@@ -152,7 +152,7 @@ def test_pose_slots(name, tolerance):
     ),
   ],
 )
-@pytest.mark.parametrize(("name", "tolerance"), FILES)
+@pytest.mark.parametrize(("name", "tolerance"), [FILES[0], FILES[1], FILES[-1]])
 def test_taps(name, tolerance, key, frame):
   golden, sown = taps(name)
   reference = golden.arrays[f"frame{frame}/{key}"]
