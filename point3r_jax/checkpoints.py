@@ -98,15 +98,22 @@ def save_checkpoint(
       f"{directory} is not a checkpoint, so it is not overwritten"
     )
   part = directory.with_name(f".{directory.name}.part")
-  shutil.rmtree(part, ignore_errors=True)
-  part.mkdir(parents=True)
-  contents = {"model": config.to_dict(), "metadata": dict(metadata or {})}
-  (part / _CONFIG).write_text(json.dumps(contents, indent=2) + "\n")
-  with _checkpointer() as checkpointer:
-    checkpointer.save(part / _PARAMS, ocp.args.PyTreeSave(params))
+  old = directory.with_name(f".{directory.name}.old")
+  for leftover in (part, old):
+    shutil.rmtree(leftover, ignore_errors=True)
+  try:
+    part.mkdir(parents=True)
+    contents = {"model": config.to_dict(), "metadata": dict(metadata or {})}
+    (part / _CONFIG).write_text(json.dumps(contents, indent=2) + "\n")
+    with _checkpointer() as checkpointer:
+      checkpointer.save(part / _PARAMS, ocp.args.PyTreeSave(params))
+  except BaseException:
+    shutil.rmtree(part, ignore_errors=True)
+    raise
   if directory.exists():
-    shutil.rmtree(directory)
+    directory.rename(old)
   part.rename(directory)
+  shutil.rmtree(old, ignore_errors=True)
 
 
 def load_metadata(directory: str | os.PathLike) -> dict[str, Any]:

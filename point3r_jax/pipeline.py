@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import queue
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
@@ -33,12 +32,14 @@ class Progress:
 
   Attributes:
     pointers: pointers in memory after each written frame.
+    overflow: pointers that found no room, up to the last written frame.
     seconds: time from one written frame to the next; the first is from the
       start, so it holds the compilation.
-    interrupted: whether a Ctrl-C ended the run.
+    interrupted: whether the run was asked to stop before its end.
   """
 
   pointers: list[int] = dataclasses.field(default_factory=list)
+  overflow: int = 0
   seconds: list[float] = dataclasses.field(default_factory=list)
   interrupted: bool = False
 
@@ -54,6 +55,8 @@ def _summarise(prediction: Prediction) -> dict[str, jax.Array | None]:
     intrinsics = intrinsics_matrix(focal, depth.shape)
   return {
     "pose": prediction.pose,
+    "pointer_count": prediction.pointer_count,
+    "overflow": prediction.overflow,
     "camera_to_world": pose_to_matrix(prediction.pose),
     "points_world": prediction.points_world,
     "confidence_world": prediction.confidence_world,
@@ -61,25 +64,6 @@ def _summarise(prediction: Prediction) -> dict[str, jax.Array | None]:
     "confidence_camera": prediction.confidence_camera,
     "intrinsics": intrinsics,
   }
-
-
-@contextlib.contextmanager
-def _interrupt_flag() -> Iterator[threading.Event]:
-  """Turns the first Ctrl-C into a flag; the second interrupts as usual."""
-  flag = threading.Event()
-  if threading.current_thread() is not threading.main_thread():
-    yield flag
-    return
-
-  def handle(*_):
-    flag.set()
-    signal.signal(signal.SIGINT, previous)
-
-  previous = signal.signal(signal.SIGINT, handle)
-  try:
-    yield flag
-  finally:
-    signal.signal(signal.SIGINT, previous)
 
 
 class _Writer:
@@ -100,13 +84,13 @@ class _Writer:
     self._thread = threading.Thread(target=self._run, name="writer")
     self._thread.start()
 
-  def put(self, frame: Frame, result: dict, pointers: jax.Array) -> None:
+  def put(self, frame: Frame, result: dict) -> None:
     """Hands over a frame; waits for room. Raises what writing raised."""
     if self._error:
       raise self._error
     for array in jax.tree.leaves(result):
       array.copy_to_host_async()
-    self._work.put((frame, result, pointers))
+    self._work.put((frame, result))
 
   def close(self) -> None:
     """Waits until all is written; raises what writing raised."""
@@ -124,13 +108,15 @@ class _Writer:
       except Exception as error:  # Raised in the main thread.
         self._error = error
 
-  def _write(self, frame: Frame, result: dict, pointers: jax.Array) -> None:
+  def _write(self, frame: Frame, result: dict) -> None:
     host = {
       key: None if x is None else np.asarray(x) for key, x in result.items()
     }
+    pointers, overflow = host.pop("pointer_count"), host.pop("overflow")
     self._scene.write(frame, FrameResult(**host))
     now = time.perf_counter()
-    self._progress.pointers.append(int(pointers[0]))
+    self._progress.pointers.append(int(pointers))
+    self._progress.overflow = int(overflow)
     self._progress.seconds.append(now - self._last)
     self._last = now
     self._report(self._progress)
@@ -142,11 +128,11 @@ def reconstruct(
   scene: SceneWriter,
   progress: Progress,
   report: Callable[[Progress], None] = lambda _: None,
+  stop: threading.Event | None = None,
 ) -> None:
   """Streams frames through a model and writes what comes out.
 
-  Host memory does not grow with the number of frames. A Ctrl-C ends the run
-  after the frames under way are written.
+  Host memory does not grow with the number of frames.
 
   Args:
     frames: of the stream's image size.
@@ -154,6 +140,7 @@ def reconstruct(
     scene: takes the results; to be closed by the caller, also after an error.
     progress: is told what has been done, also up to an error.
     report: called after each written frame, from another thread.
+    stop: once set, ends the run after the frames under way are written.
 
   Raises:
     InputError: if a frame cannot be read.
@@ -161,14 +148,11 @@ def reconstruct(
   """
   writer = _Writer(scene, progress, report)
   with (
-    _interrupt_flag() as interrupted,
     contextlib.closing(writer),
     contextlib.closing(prefetch(frames)) as ready,
   ):
     for frame in ready:
-      if interrupted.is_set():
+      if stop is not None and stop.is_set():
         progress.interrupted = True
         break
-      prediction = stream(frame.image)
-      result = _summarise(prediction)
-      writer.put(frame, result, prediction.pointer_count)
+      writer.put(frame, _summarise(stream(frame.image)))

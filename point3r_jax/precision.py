@@ -13,8 +13,8 @@ class Precision:
   """What a policy decides; everything else stays float32.
 
   Residual streams, LayerNorm, softmax, positions, rotary arithmetic, patch
-  embeddings, fusion, the pose head and the heads' activations are float32 under
-  every policy.
+  embeddings, fusion, the pose head, the dense heads' last layer and the heads'
+  activations are float32 in full precision under every policy.
 
   Attributes:
     name: the policy's name.

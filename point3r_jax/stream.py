@@ -38,13 +38,50 @@ class _Program(NamedTuple):
   enlarge: Callable[[PointerMemory], PointerMemory]
 
 
+class _Counts:
+  """Pointer counts as the host knows them: some frames behind the device."""
+
+  def __init__(self, tokens: int):
+    self.known = 0  # Pointers after the last finished frame that was read.
+    self.overflow = 0
+    self._tokens = tokens
+    self._pending = collections.deque()
+
+  @property
+  def bound(self) -> int:
+    """The most pointers that the next frame can lead to."""
+    return self.known + self._tokens * (len(self._pending) + 1)
+
+  def add(self, prediction: Prediction) -> None:
+    """Takes note of a frame under way."""
+    counts = (prediction.pointer_count, prediction.overflow)
+    for count in counts:
+      count.copy_to_host_async()
+    self._pending.append(counts)
+
+  def read(self, limit: int | None) -> None:
+    """Reads what is finished; waits until `bound` is within the limit.
+
+    It waits for as few frames as it must, oldest first; without a limit for
+    none.
+    """
+    while self._pending and (
+      self._pending[0][0].is_ready()
+      or (limit is not None and self.bound > limit)
+    ):
+      # Not count[0]: on the device that would queue behind later frames.
+      count, overflow = (np.asarray(x) for x in self._pending.popleft())
+      self.known, self.overflow = int(count[0]), int(overflow[0])
+
+
 class Stream:
   """Feeds one image after the other to a model; batch 1.
 
   The step is compiled once per capacity. Before a frame could overflow the
   memory it grows by half, without losing a pointer; the larger step has by then
   been compiled in the background. Calls return as soon as the device has the
-  work: reading a prediction waits for it.
+  work: reading a prediction waits for it. Only where a frame under way might
+  fill the memory does a call wait, for that frame's count.
 
     stream = Stream(config, params, image_size=(384, 512))
     for image in images:
@@ -109,7 +146,8 @@ class Stream:
     self._grow = jax.jit(grow, static_argnums=1)
     self._programs = {}
     self._compiler = concurrent.futures.ThreadPoolExecutor(1, "compile-ahead")
-    self._forget_counts()
+    self._counts = _Counts(self._tokens)
+    self._warned = False
 
   @property
   def capacity(self) -> int:
@@ -119,18 +157,19 @@ class Stream:
   @property
   def pointer_count(self) -> int:
     """Pointers in memory; waits for the last frame."""
-    return int(self.memory.count[0])
+    return int(np.asarray(self.memory.count)[0])
 
   @property
   def overflow(self) -> int:
     """Pointers merged for lack of room since reset; waits for the frame."""
-    return int(self.memory.overflow[0])
+    return int(np.asarray(self.memory.overflow)[0])
 
   def reset(self) -> None:
     """Forgets everything: the next image is a first frame again."""
     self.memory = init_memory(self.config, 1, self.image_size, self.capacity)
     self.frames = 0
-    self._forget_counts()
+    self._counts = _Counts(self._tokens)
+    self._warned = False
 
   def wait_for_compiles(self) -> None:
     """Returns once no step is being compiled in the background."""
@@ -161,18 +200,19 @@ class Stream:
     self._make_room(image.dtype)
     program = self._program(self.capacity, image.dtype).result()
     self.memory, prediction = program.step(self._params, self.memory, image)
-    self._pending.append((prediction.pointer_count, prediction.overflow))
+    self._counts.add(prediction)
     self.frames += 1
     return prediction
 
   def _program(self, capacity: int, dtype) -> concurrent.futures.Future:
     """Returns the programs for a capacity, compiled or being compiled."""
     key = (capacity, np.dtype(dtype))
-    if key not in self._programs:
-      self._programs[key] = self._compiler.submit(
-        self._compile, *key, self.capacity
-      )
-    return self._programs[key]
+    future = self._programs.get(key)
+    failed = future and future.done() and future.exception()
+    if future is None or failed:  # What failed may have been out of memory.
+      future = self._compiler.submit(self._compile, *key, self.capacity)
+      self._programs[key] = future
+    return future
 
   def _compile(self, capacity: int, dtype: np.dtype, before: int) -> _Program:
     start = time.perf_counter()
@@ -199,39 +239,25 @@ class Stream:
 
   def _make_room(self, dtype) -> None:
     """Grows the memory if the next frame might not fit."""
-    self._read_counts(wait=False)
-    if self._bound() > self.capacity:
-      # The bound grows with every frame under way: ask the device itself.
-      self._read_counts(wait=True)
     larger = self._next_capacity()
     if larger == self.capacity:
+      self._counts.read(limit=None)
+      self._warn_once()
       return
-    if self._bound() > self.capacity:
-      self.memory = self._program(larger, dtype).result().enlarge(self.memory)
-    elif self._bound() > _COMPILE_AHEAD * self.capacity and self.frames:
+    self._counts.read(limit=self.capacity)
+    if self._counts.bound > self.capacity:
+      program = self._program(larger, dtype).result()
+      self.memory = program.enlarge(self.memory)
+    elif self._counts.known > _COMPILE_AHEAD * self.capacity:
       self._program(larger, dtype)
 
-  def _bound(self) -> int:
-    """Returns the most pointers that the next frame can lead to."""
-    return self._known + self._tokens * (len(self._pending) + 1)
-
-  def _forget_counts(self) -> None:
-    self._known = 0
-    self._warned = False
-    self._pending = collections.deque()
-
-  def _read_counts(self, wait: bool) -> None:
-    """Takes over the pointer counts of finished frames, or of all."""
-    while self._pending and (wait or self._pending[0][0].is_ready()):
-      count, overflow = self._pending.popleft()
-      if wait and self._pending:
-        continue  # Only the last count matters.
-      self._known = int(count[0])
-      if int(overflow[0]) and not self._warned:
-        self._warned = True
-        logging.getLogger(__name__).warning(
-          "the pointer memory is full at its maximal capacity of %d: new "
-          "pointers are merged into their nearest from frame %d on",
-          self.capacity,
-          self.frames - len(self._pending),
-        )
+  def _warn_once(self) -> None:
+    """Says that pointers find no room, as soon as the host knows."""
+    if self._counts.overflow and not self._warned:
+      self._warned = True
+      logging.getLogger(__name__).warning(
+        "the pointer memory is full at its maximal capacity of %d: new "
+        "pointers are merged into their nearest (%d so far)",
+        self.capacity,
+        self._counts.overflow,
+      )

@@ -74,10 +74,54 @@ def test_the_next_capacity_is_compiled_ahead():
   capacity = 8 * micro.TOKENS
   stream = make_stream(capacity=capacity, fusion=False)
   for image in images():
-    stream(image)
+    jax.block_until_ready(stream(image))
   assert stream.capacity == capacity
   stream.wait_for_compiles()
   assert len(stream.compile_seconds) == 2
+
+
+def test_calls_do_not_wait_when_they_need_not(monkeypatch):
+  """Neither at the maximal capacity nor with room for all frames under way."""
+  waited = []
+
+  class Unready:
+    """A count whose frame never seems to be finished."""
+
+    def __init__(self, array):
+      self._array = array
+
+    def copy_to_host_async(self):
+      pass
+
+    def is_ready(self):
+      return False
+
+    def __array__(self, *args, **kwargs):
+      waited.append(self)
+      return np.asarray(self._array)
+
+  add = stream_module._Counts.add
+  monkeypatch.setattr(
+    stream_module._Counts,
+    "add",
+    lambda counts, prediction: add(
+      counts,
+      prediction.replace(
+        pointer_count=Unready(prediction.pointer_count),
+        overflow=Unready(prediction.overflow),
+      ),
+    ),
+  )
+  full = 2 * micro.TOKENS
+  stream = make_stream(capacity=full, max_capacity=full)
+  for image in images():
+    stream(image)
+  roomy = make_stream(capacity=FRAMES * micro.TOKENS)
+  for image in images():
+    roomy(image)
+  assert not waited
+  roomy(images()[0])  # Might not fit: now the oldest frames are waited for.
+  assert 0 < len(waited) < 2 * FRAMES
 
 
 def test_300_frames_compile_once_per_capacity(monkeypatch):
@@ -96,13 +140,15 @@ def test_300_frames_compile_once_per_capacity(monkeypatch):
       compiled.append(stream.frames)
 
   used = set()
-  for frame in range(300):
-    if frame == 1:
-      jax.monitoring.register_event_duration_secs_listener(listen)
-    stream(clip[frame % len(clip)])
-    used.add(stream.capacity)
-  stream.wait_for_compiles()
-  jax.monitoring.unregister_event_duration_listener(listen)
+  try:
+    for frame in range(300):
+      if frame == 1:
+        jax.monitoring.register_event_duration_secs_listener(listen)
+      stream(clip[frame % len(clip)])
+      used.add(stream.capacity)
+    stream.wait_for_compiles()
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
   assert len(used) >= 2
   assert len(stream.compile_seconds) <= capacities
   # A capacity has two programs: the step and the copy into the larger memory.

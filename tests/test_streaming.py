@@ -213,6 +213,7 @@ def test_scan_traces_once(monkeypatch):
   ],
 )
 def test_lowers_for_accelerators(platform, attention, precision):
+  """Not with cuDNN, which JAX looks for while tracing: see test_gpu.py."""
   config = p3r.preset("point3r_512").replace(
     encoder_depth=2, decoder_depth=4, value_depth=1
   )

@@ -1,23 +1,63 @@
-"""What the command-line programs share."""
+"""What the command-line programs share: errors and Ctrl-C."""
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
 from point3r_jax.checkpoints import CheckpointError
 from point3r_jax.convert.tensor_file import CheckpointFileError
 from point3r_jax.data.errors import InputError
 from point3r_jax.export.scene import OutputError
 
-# Errors of the user's input: one line and no traceback.
-_USER_ERRORS = (CheckpointError, CheckpointFileError, InputError, OutputError)
+# Errors of the user's input or disk: one line and no traceback.
+_USER_ERRORS = (
+  CheckpointError,
+  CheckpointFileError,
+  InputError,
+  OutputError,
+  OSError,
+)
+
+# Exit code of a program that Ctrl-C ended.
+INTERRUPTED = 130
 
 
 def run(program: Callable[[], int | None]) -> int:
-  """Runs a program; returns its exit code, or 2 after saying what was wrong."""
+  """Runs a program.
+
+  Returns:
+    Its exit code; 2 after saying what was wrong with the input; 130 if it was
+    interrupted.
+  """
   try:
     return program() or 0
   except _USER_ERRORS as error:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
+  except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    return INTERRUPTED
+
+
+@contextlib.contextmanager
+def stop_on_interrupt() -> Iterator[threading.Event]:
+  """Turns Ctrl-C into an event, so that what was begun can be finished."""
+  stop = threading.Event()
+  if threading.current_thread() is not threading.main_thread():
+    yield stop  # Signals are not this thread's.
+    return
+
+  def handle(*_):
+    if not stop.is_set():
+      print("\nstopping after the frames under way ...", file=sys.stderr)
+    stop.set()
+
+  previous = signal.signal(signal.SIGINT, handle)
+  try:
+    yield stop
+  finally:
+    signal.signal(signal.SIGINT, previous)

@@ -110,6 +110,8 @@ def _from_torch(flags: argparse.Namespace) -> None:
 def _to_torch(flags: argparse.Namespace) -> None:
   output = pathlib.Path(flags.output)
   _check_output(output, flags.overwrite)
+  if output.is_dir():
+    raise CheckpointError(f"{output} is a directory; name a .safetensors file")
   config, params = load_params_to_host(flags.input)
   if flags.dtype:
     params = jax.tree.map(lambda x: x.astype(_DTYPES[flags.dtype]), params)
@@ -117,8 +119,11 @@ def _to_torch(flags: argparse.Namespace) -> None:
   del params
   output.parent.mkdir(parents=True, exist_ok=True)
   part = output.with_name(f".{output.name}.part")
-  save_file(tensors, part)
-  part.replace(output)
+  try:
+    save_file(tensors, part)
+    part.replace(output)
+  finally:
+    part.unlink(missing_ok=True)
   print(f"{output}: {len(tensors)} tensors under their published names")
 
 

@@ -8,6 +8,7 @@ import pathlib
 import platform
 import statistics
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax
 import tqdm
 
 from point3r_jax.checkpoints import UNTRAINED, load_checkpoint
-from point3r_jax.cli.common import run
+from point3r_jax.cli.common import INTERRUPTED, run, stop_on_interrupt
 from point3r_jax.config import ModelConfig
 from point3r_jax.data.errors import InputError
 from point3r_jax.data.frames import FrameSource, open_frames
@@ -33,8 +34,6 @@ from point3r_jax.stream import Stream
 
 # Frames whose times are left out of statistics: compilation, first transfers.
 _WARM_UP = 3
-# Exit code of a program that Ctrl-C ended.
-_INTERRUPTED = 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -138,9 +137,13 @@ def _heads(write: Sequence[str]) -> str:
 
 
 def _versions() -> dict[str, str]:
-  names = ("point3r-jax", "jax", "jaxlib", "flax", "numpy")
-  found = {name: importlib.metadata.version(name) for name in names}
-  return {"python": platform.python_version(), **found}
+  versions = {"python": platform.python_version()}
+  for name in ("point3r-jax", "jax", "jaxlib", "flax", "numpy"):
+    try:
+      versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      versions[name] = "not installed"  # Run from a clone.
+  return versions
 
 
 def _statistics(seconds: Sequence[float]) -> dict[str, float] | None:
@@ -177,12 +180,12 @@ def _summary(
     },
     "pointers": progress.pointers,
     "capacity": stream.capacity,
-    "overflow": stream.overflow,
+    "overflow": progress.overflow,
     "seconds_per_frame": _statistics(progress.seconds),
     "seconds_of_frames": [round(x, 6) for x in progress.seconds],
     "compile_seconds": {
       str(capacity): round(seconds, 3)
-      for capacity, seconds in stream.compile_seconds.items()
+      for capacity, seconds in dict(stream.compile_seconds).items()
     },
     "checkpoint": flags.checkpoint,
     "precision": stream.options.precision.name,
@@ -228,7 +231,7 @@ def _run(flags: argparse.Namespace) -> int:
   )
   frames = open_frames(
     flags.input,
-    size=flags.size or config.image_size,
+    size=config.image_size if flags.size is None else flags.size,
     stride=flags.stride,
     start=flags.start,
     end=flags.end,
@@ -236,40 +239,55 @@ def _run(flags: argparse.Namespace) -> int:
     shuffle_seed=flags.seed if flags.shuffle else None,
   )
   stream = _open_stream(flags, config, params, frames)
-  directory = prepare_folder(flags.output, flags.overwrite)
   if flags.checkpoint.startswith(UNTRAINED):
     print("These weights are random: the scene will have no meaning.")
+  with stop_on_interrupt() as stop:
+    directory = prepare_folder(flags.output, flags.overwrite)
+    write_summary(directory, {"complete": False})
+    summary = _write_scene(flags, options, stream, frames, directory, stop)
+  return _conclude(directory, summary, frames)
 
+
+def _write_scene(
+  flags: argparse.Namespace,
+  options: SceneOptions,
+  stream: Stream,
+  frames: FrameSource,
+  directory: pathlib.Path,
+  stop: threading.Event,
+) -> dict[str, Any]:
+  """Writes all files; whatever happens, what is done is a valid scene."""
   progress, scene = Progress(), SceneWriter(directory, options)
+  facts, finished = {}, False
   bar = tqdm.tqdm(total=frames.expected_frames, unit="frame", disable=None)
 
   def report(progress: Progress) -> None:
     bar.set_postfix(pointers=progress.pointers[-1], refresh=False)
     bar.update()
 
-  finished = False
   try:
     with bar:
-      reconstruct(frames, stream, scene, progress, report)
+      reconstruct(frames, stream, scene, progress, report, stop)
     finished = not progress.interrupted
   finally:
-    # Whatever happened: what is done so far is a valid scene.
-    facts = scene.close(complete=finished)
-    summary = _summary(flags, stream, frames, progress, facts)
-    summary["complete"] = finished and not frames.lost.frames
-    write_summary(directory, summary)
-  return _conclude(directory, summary, frames)
+    try:
+      facts = scene.close(complete=finished)
+    finally:
+      summary = _summary(flags, stream, frames, progress, facts)
+      summary["complete"] = finished and not frames.lost.frames
+      write_summary(directory, summary)
+  return summary
 
 
 def _conclude(
   directory: pathlib.Path, summary: dict[str, Any], frames: FrameSource
 ) -> int:
   """Says what came out; returns the exit code."""
-  times = summary["seconds_per_frame"]
+  times, pointers = summary["seconds_per_frame"], summary["pointers"]
   speed = f", {times['median'] * 1e3:.1f} ms a frame" if times else ""
   print(
     f"{directory}: {summary['frames']} frames, "
-    f"{summary['pointers'][-1]} pointers{speed}; see {SUMMARY}"
+    f"{pointers[-1] if pointers else 0} pointers{speed}; see {SUMMARY}"
   )
   warnings = []
   if frames.lost.frames:
@@ -292,7 +310,7 @@ def _conclude(
     print(f"warning: {warning}", file=sys.stderr)
   if summary["interrupted"]:
     print("interrupted: the files hold the frames done so far", file=sys.stderr)
-    return _INTERRUPTED
+    return INTERRUPTED
   return 0
 
 

@@ -213,13 +213,19 @@ def _ordered_map(function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
   workers = min(_MAX_WORKERS, os.cpu_count() or 1)
   pool = concurrent.futures.ThreadPoolExecutor(workers, "frames")
   pending = collections.deque()
+  ended = None
+  iterator = iter(items)
   try:
-    for item in items:
-      pending.append(pool.submit(function, item))
-      if len(pending) >= workers:
+    while not ended or pending:
+      while not ended and len(pending) < workers:
+        try:
+          pending.append(pool.submit(function, next(iterator)))
+        except (StopIteration, InputError) as error:
+          ended = error  # In its turn: after the items before it.
+      if pending:
         yield pending.popleft().result()
-    while pending:
-      yield pending.popleft().result()
+    if isinstance(ended, InputError):
+      raise ended
   finally:
     pool.shutdown(cancel_futures=True)
 

@@ -19,7 +19,10 @@ _HEADER = {
     "pinhole, 3x3 rows, in pixels of the given width and height; "
     "integer pixel coordinates are pixel centres"
   ),
-  "units": "lengths in the scale predicted by the model; timestamps in seconds",
+  "units": (
+    "lengths in the scale predicted by the model; timestamps in seconds of the "
+    "video, or the index of the image"
+  ),
 }
 
 
@@ -35,7 +38,7 @@ class CameraFrame:
     original_size: (height, width) of the source image.
     source_file: Image or video that the frame came from.
     source_index: Index of the frame in the video or list of images.
-    timestamp: Seconds.
+    timestamp: Seconds of the video, or the index of an image.
     depth_file: Name of the frame's depth map, if one was written.
   """
 

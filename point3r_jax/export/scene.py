@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -31,6 +31,7 @@ OUTPUTS = {
   "confidence": "confidence",
 }
 SUMMARY = "summary.json"
+_FORMAT = "point3r-jax reconstruction"
 
 
 class OutputError(ValueError):
@@ -89,12 +90,12 @@ class SceneOptions:
       raise OutputError(
         f"the confidence percentile must be in [0, 100), not {self.percentile}"
       )
-    if self.voxel_size is not None and not self.voxel_size > 0:
-      raise OutputError(f"the voxel size must be > 0, not {self.voxel_size}")
+    for name in ("voxel_size", "depth_scale"):
+      value = getattr(self, name)
+      if value is not None and not 0 < value < np.inf:
+        raise OutputError(f"{name} must be positive, not {value}")
     if self.max_points < 1000:
       raise OutputError(f"max_points must be >= 1000, not {self.max_points}")
-    if not self.depth_scale > 0:
-      raise OutputError(f"the depth scale must be > 0, not {self.depth_scale}")
 
 
 def prepare_folder(
@@ -107,24 +108,44 @@ def prepare_folder(
     overwrite: remove an earlier reconstruction; other files stay.
 
   Raises:
-    OutputError: if there is something in the folder and it may not go.
+    OutputError: if the folder is not empty and may not be overwritten, or holds
+      no earlier reconstruction.
   """
   directory = pathlib.Path(directory)
-  if directory.is_dir() and any(directory.iterdir()) and not overwrite:
-    raise OutputError(
-      f"{directory} is not empty; choose another folder or use --overwrite"
-    )
   try:
+    if directory.is_dir() and any(directory.iterdir()):
+      if not overwrite:
+        raise OutputError(
+          f"{directory} is not empty; choose another folder or use --overwrite"
+        )
+      _remove_reconstruction(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    for name in {*OUTPUTS.values(), SUMMARY}:
-      path = directory / name
-      if path.is_dir():
-        shutil.rmtree(path)
-      else:
-        path.unlink(missing_ok=True)
   except OSError as error:
     raise OutputError(f"cannot write to {directory}: {error}") from error
   return directory
+
+
+def _remove_reconstruction(directory: pathlib.Path) -> None:
+  """Deletes what an earlier run wrote, which its summary proves."""
+  try:
+    written = json.loads((directory / SUMMARY).read_text())["format"] == _FORMAT
+  except (OSError, ValueError, KeyError, TypeError):
+    written = False
+  if not written:
+    raise OutputError(
+      f"{directory} is not empty and no earlier reconstruction (it has no "
+      f"{SUMMARY} of one), so it is not overwritten; choose another folder"
+    )
+  for name in {*OUTPUTS.values(), SUMMARY}:
+    path = directory / name
+    if not path.is_dir():
+      path.unlink(missing_ok=True)
+      continue
+    for file in path.iterdir():
+      if re.fullmatch(r"\d{6}\.(png|npz)", file.name):
+        file.unlink()
+    if not any(path.iterdir()):
+      path.rmdir()
 
 
 class SceneWriter:
@@ -140,15 +161,12 @@ class SceneWriter:
     self._options = options
     self._frames = 0
     self._depth_counts = depth_files.DepthPngCounts(0, 0, 0)
-    self._open = contextlib.ExitStack()
     write = options.write
     self._cloud = self._trajectory = self._cameras = None
     if "scene" in write:
       self._cloud = VoxelCloud(options.voxel_size, options.max_points)
     if "trajectory" in write:
-      self._trajectory = self._open.enter_context(
-        TrajectoryWriter(directory / OUTPUTS["trajectory"])
-      )
+      self._trajectory = TrajectoryWriter(directory / OUTPUTS["trajectory"])
     if "cameras" in write:
       self._cameras = CameraWriter(directory / OUTPUTS["cameras"])
     for name in {"depth", "depth_npz", "confidence"} & set(write):
@@ -232,11 +250,14 @@ class SceneWriter:
       JSON-friendly facts for the summary.
     """
     facts = {}
-    self._open.close()
-    if self._cameras:
-      self._cameras.close(complete)
+    with contextlib.ExitStack() as stack:  # Each file is closed, come what may.
+      if self._trajectory:
+        stack.callback(self._trajectory.close)
+      if self._cameras:
+        stack.callback(self._cameras.close, complete)
+      if self._cloud:
+        write_ply(self._directory / OUTPUTS["scene"], *self._cloud.arrays())
     if self._cloud:
-      write_ply(self._directory / OUTPUTS["scene"], *self._cloud.arrays())
       facts["cloud"] = {
         **dataclasses.asdict(self._cloud.summary()),
         "confidence_percentile": self._options.percentile,
@@ -251,6 +272,7 @@ class SceneWriter:
 
 
 def write_summary(directory: pathlib.Path, summary: dict[str, Any]) -> None:
-  """Writes summary.json."""
+  """Writes summary.json, which also marks the folder as a reconstruction."""
+  contents = {"format": _FORMAT, **summary}
   with atomic_file(directory / SUMMARY) as file:
-    file.write((json.dumps(summary, indent=2) + "\n").encode())
+    file.write((json.dumps(contents, indent=2) + "\n").encode())

@@ -193,4 +193,4 @@ class DenseHead(nn.Module):
       x = Refine(dtype, name=f"refine_{k}")(x, layers[k])
     x = Conv(config.dpt_features // 2, dtype, name="head_0")(x)
     x = Conv(config.dpt_head_width, dtype, name="head_1")(upsample(x))
-    return Linear(4, jnp.float32, name="head_2")(nn.relu(x))
+    return Linear(4, jnp.float32, "highest", name="head_2")(nn.relu(x))

@@ -42,10 +42,12 @@ class Linear(nn.Module):
   Attributes:
     features: output channels.
     dtype: type of operands and result.
+    precision: of the product; None: as the policy has it for float32.
   """
 
   features: int
   dtype: jnp.dtype
+  precision: str | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -54,7 +56,7 @@ class Linear(nn.Module):
     kernel = self.param("kernel", zeros, (x.shape[-1], self.features))
     bias = self.param("bias", zeros, (self.features,))
     x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-    return x @ kernel + bias
+    return jnp.matmul(x, kernel, precision=self.precision) + bias
 
 
 def layer_norm(name: str | None = None) -> nn.LayerNorm:
@@ -71,18 +73,20 @@ class Mlp(nn.Module):
     hidden: channels between the two.
     features: output channels.
     dtype: type of the products' operands.
+    precision: see `Linear`.
   """
 
   hidden: int
   features: int
   dtype: jnp.dtype
+  precision: str | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps x (…, in) to (…, features)."""
-    x = Linear(self.hidden, self.dtype, name="hidden")(x)
+    x = Linear(self.hidden, self.dtype, self.precision, name="hidden")(x)
     x = nn.gelu(x, approximate=False)
-    return Linear(self.features, self.dtype, name="output")(x)
+    return Linear(self.features, self.dtype, self.precision, name="output")(x)
 
 
 class SelfAttention(nn.Module):

@@ -101,7 +101,7 @@ class Point3R(nn.Module):
       "pose_token", nn.initializers.zeros, (config.decoder_width,)
     )
     self.pose_memory = PoseMemory(config, compute)
-    self.pose_head = Mlp(4 * config.decoder_width, 7, jnp.float32)
+    self.pose_head = Mlp(4 * config.decoder_width, 7, jnp.float32, "highest")
     self.camera_dense = DenseHead(config, compute)
     self.world_head = WorldHead(config, compute)
     self.key_head = Mlp(

@@ -18,6 +18,7 @@ import point3r_jax as p3r
 from point3r_jax import geometry
 from point3r_jax.cli.reconstruct import main
 from point3r_jax.data.frames import open_frames
+from point3r_jax.export import scene
 from point3r_jax.export.scene import OUTPUTS
 from tests import micro
 
@@ -209,6 +210,34 @@ def test_overwriting_removes_earlier_results_only(checkpoint, photos, tmp_path):
   assert names == ["notes.txt", "summary.json", "trajectory.txt"]
 
 
+def test_folders_of_others_are_never_overwritten(
+  checkpoint, photos, tmp_path, capsys
+):
+  out = tmp_path / "out"
+  (out / "depth").mkdir(parents=True)
+  (out / "depth" / "000000.png").write_text("somebody's measurements")
+  assert reconstruct(checkpoint, out, [photos], "--overwrite") == 2
+  assert "no earlier reconstruction" in capsys.readouterr().err
+  assert (out / "depth" / "000000.png").read_text() == "somebody's measurements"
+
+
+def test_a_full_disk_is_one_line(
+  checkpoint, photos, tmp_path, monkeypatch, capsys
+):
+  def full(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(scene, "write_ply", full)
+  assert reconstruct(checkpoint, tmp_path / "out", [photos]) == 2
+  assert (
+    capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
+  )
+  summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+  assert summary["frames"] == 8
+  cameras = json.loads((tmp_path / "out" / "cameras.json").read_text())
+  assert len(cameras["frames"]) == 8
+
+
 @pytest.mark.parametrize(
   ("inputs", "flags", "message"),
   [
@@ -224,6 +253,8 @@ def test_overwriting_removes_earlier_results_only(checkpoint, photos, tmp_path):
     (["0.png"], ("--size", 100), "100"),
     (["0.png"], ("--confidence", 100), "percentile"),
     (["0.png"], ("--voxel_size", -1), "voxel"),
+    (["0.png"], ("--depth_scale", "inf"), "depth_scale"),
+    (["0.png"], ("--size", 0), "size"),
   ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -267,8 +298,13 @@ def test_weights_that_give_no_camera_are_an_error(tmp_path, photos, capsys):
   assert "not finite" in capsys.readouterr().err
 
 
-def test_ctrl_c_leaves_a_complete_set_of_files(checkpoint, tmp_path):
-  video = write_video(tmp_path / "long.mp4", 3000)
+@pytest.mark.parametrize("interrupts", [1, 3])
+@pytest.mark.parametrize("frames", [0, 20])
+def test_ctrl_c_leaves_a_complete_set_of_files(
+  checkpoint, tmp_path, frames, interrupts
+):
+  """Before the first frame (while compiling) and after some."""
+  video = write_video(tmp_path / "long.mp4", 2000)
   out = tmp_path / "out"
   command = [sys.executable, ROOT / "reconstruct.py"]
   command += ["--checkpoint", checkpoint, "--input", video, "--output", out]
@@ -276,19 +312,21 @@ def test_ctrl_c_leaves_a_complete_set_of_files(checkpoint, tmp_path):
     command, stderr=subprocess.PIPE, text=True, env=os.environ
   )
   depth, deadline = out / "depth", time.monotonic() + 120
-  while len(list(depth.glob("*.png"))) < 20:
+  while not depth.exists() or len(list(depth.glob("*.png"))) < frames:
     assert process.poll() is None and time.monotonic() < deadline
     time.sleep(0.05)
-  process.send_signal(signal.SIGINT)
+  for _ in range(interrupts):
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.02)
   _, error = process.communicate(timeout=60)
   assert process.returncode == 130, error
   assert "Traceback" not in error
   summary = json.loads((out / "summary.json").read_text())
-  frames = summary["frames"]
-  assert 20 <= frames < 3000
+  done = summary["frames"]
+  assert frames <= done < 2000
   assert summary["interrupted"] is True and summary["complete"] is False
-  assert len(np.loadtxt(out / "trajectory.txt")) == frames
-  assert len(list(depth.iterdir())) == frames
+  assert len((out / "trajectory.txt").read_text().splitlines()) == done + 1
+  assert len(list(depth.iterdir())) == done
   cameras = json.loads((out / "cameras.json").read_text())
-  assert len(cameras["frames"]) == frames
-  assert len(read_ply(out / "scene.ply")) > 0
+  assert len(cameras["frames"]) == done
+  assert (len(read_ply(out / "scene.ply")) > 0) == (done > 0)
