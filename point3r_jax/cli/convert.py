@@ -28,7 +28,6 @@ _DTYPES = {
 
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
-    prog="convert_torch_weights.py",
     description="Converts Point3R or DUSt3R weights from PyTorch to a "
     "checkpoint directory; with --to_torch, back to safetensors. Needs no "
     "PyTorch and runs no code that a file may contain.",

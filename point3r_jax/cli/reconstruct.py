@@ -38,7 +38,6 @@ _WARM_UP = 3
 
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
-    prog="reconstruct.py",
     description="Reconstructs a scene from a video or images: a colored point "
     "cloud, camera poses and intrinsics, and depth maps.",
     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
