@@ -40,7 +40,6 @@ def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     description="Reconstructs a scene from a video or images: a colored point "
     "cloud, camera poses and intrinsics, and depth maps.",
-    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
   )
   add = parser.add_argument
   add(
@@ -62,7 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     nargs="+",
     choices=list(OUTPUTS),
     default=["scene", "trajectory", "cameras", "depth"],
-    help="what to write",
+    metavar="WHAT",
+    help=f"any of {', '.join(OUTPUTS)} (default: all but the last two)",
   )
 
   frames = parser.add_argument_group("frames")
@@ -72,12 +72,22 @@ def _parser() -> argparse.ArgumentParser:
     type=int,
     help="512 (long side) or 224 (square); default: the checkpoint's",
   )
-  add("--stride", type=int, default=1, help="take every how many frames one")
-  add("--start", type=int, default=0, help="first frame")
+  add(
+    "--stride",
+    type=int,
+    default=1,
+    help="take every how many frames one (default: %(default)s)",
+  )
+  add("--start", type=int, default=0, help="first frame (default: %(default)s)")
   add("--end", type=int, help="frame after the last")
   add("--max_frames", type=int, help="take at most so many")
   add("--shuffle", action="store_true", help="take images in random order")
-  add("--seed", type=int, default=0, help="of the random order")
+  add(
+    "--seed",
+    type=int,
+    default=0,
+    help="of the random order (default: %(default)s)",
+  )
 
   model = parser.add_argument_group("model")
   add = model.add_argument
@@ -93,7 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     "--fusion_divisor",
     type=float,
     default=20.0,
-    help="the scene's extent over this is the fusion distance",
+    help="the scene's extent over this is the fusion distance "
+    "(default: %(default)s)",
   )
 
   scene = parser.add_argument_group("scene")
@@ -104,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     default=20.0,
     metavar="PERCENTILE",
     help="share of each frame's pixels, the least confident, to leave out of "
-    "the cloud",
+    "the cloud (default: %(default)s)",
   )
   add(
     "--voxel_size",
@@ -116,13 +127,13 @@ def _parser() -> argparse.ArgumentParser:
     "--max_points",
     type=int,
     default=10_000_000,
-    help="points beyond which voxels double in size",
+    help="points beyond which voxels double in size (default: %(default)s)",
   )
   add(
     "--depth_scale",
     type=float,
     default=1000.0,
-    help="steps of the 16-bit depth maps per unit",
+    help="steps of the 16-bit depth maps per unit (default: %(default)s)",
   )
   return parser
 
