@@ -97,6 +97,18 @@ def build_model(config: ModelConfig, options: StepOptions) -> Point3R:
   )
 
 
+def read_memory(memory: PointerMemory) -> Context:
+  """Returns what the network reads of a memory."""
+  return Context(
+    position=memory.position,
+    feature=memory.feature,
+    count=memory.count,
+    pose_slots=memory.pose_slots,
+    image_position=memory.image_position,
+    first=memory.frame == 0,
+  )
+
+
 def advance(
   memory: PointerMemory, output: FrameOutput, options: StepOptions
 ) -> tuple[PointerMemory, Prediction]:
@@ -132,15 +144,7 @@ def step_fn(
   images: jax.Array,
 ) -> tuple[PointerMemory, Prediction]:
   """`step` before jit: to be traced inside a larger program."""
-  model = build_model(config, options)
-  context = Context(
-    position=memory.position,
-    feature=memory.feature,
-    count=memory.count,
-    pose_slots=memory.pose_slots,
-    image_position=memory.image_position,
-    first=memory.frame == 0,
-  )
+  model, context = build_model(config, options), read_memory(memory)
   grid = config.grid(images.shape[1:3])
 
   def run(model):

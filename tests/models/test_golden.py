@@ -8,8 +8,9 @@ import pytest
 
 import point3r_jax as p3r
 from point3r_jax.models.layers import Compute
-from point3r_jax.models.point3r import Context, Point3R
+from point3r_jax.models.point3r import Point3R
 from point3r_jax.precision import get_precision
+from point3r_jax.streaming import read_memory
 from tests import goldens
 
 # Largest deviation over the largest reference value. Reached on a CPU: 3.2e-6
@@ -63,14 +64,7 @@ def taps(name):
 
   @jax.jit
   def apply(params, images, memory):
-    context = Context(
-      position=memory.position,
-      feature=memory.feature,
-      count=memory.count,
-      pose_slots=memory.pose_slots,
-      image_position=memory.image_position,
-      first=memory.frame == 0,
-    )
+    context = read_memory(memory)
 
     def network(model):
       tokens = model.encode(images)
