@@ -76,6 +76,20 @@ def test_authors_checkpoint(tmp_path, state, wrapped):
   assert metadata["source"] == "point3r.pth" and metadata["kind"] == "point3r"
 
 
+def test_a_file_that_torch_wrote(tmp_path, state):
+  torch = pytest.importorskip("torch")
+  payload = {
+    "args": argparse.Namespace(model="Point3R(...)"),
+    "model": {name: torch.from_numpy(x) for name, x in state.items()},
+    "epoch": 9,
+  }
+  torch.save(payload, tmp_path / "point3r.pth")
+  assert convert(tmp_path / "point3r.pth", tmp_path / "out") == 0
+  assert_same(
+    p3r.load_checkpoint(tmp_path / "out")[1], goldens.seeded_params("small")[1]
+  )
+
+
 def test_training_checkpoint(tmp_path, state):
   """Optimiser and scaler lie beside the model and are left alone."""
   payload = {
