@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -45,6 +45,15 @@ def _checkpointer() -> ocp.Checkpointer:
   )
 
 
+def list_problems(problems: Mapping[str, Sequence[str]]) -> str:
+  """Says how many names of each kind there are, and which; none is left out."""
+  return "; ".join(
+    f"{len(names)} {kind}: {', '.join(names)}"
+    for kind, names in problems.items()
+    if names
+  )
+
+
 def check_params(config: ModelConfig, params: Mapping[str, Any]) -> None:
   """Raises CheckpointError unless the tree is just what the config needs."""
   want = flat_shapes(param_shapes(config))
@@ -60,12 +69,7 @@ def check_params(config: ModelConfig, params: Mapping[str, Any]) -> None:
   }
   if any(problems.values()):
     raise CheckpointError(
-      "parameters do not fit the model config: "
-      + "; ".join(
-        f"{len(names)} {kind}: {', '.join(names)}"
-        for kind, names in problems.items()
-        if names
-      )
+      f"parameters do not fit the model config: {list_problems(problems)}"
     )
 
 

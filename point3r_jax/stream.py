@@ -20,7 +20,12 @@ from point3r_jax.memory import (
   round_capacity,
 )
 from point3r_jax.params import cast_params
-from point3r_jax.streaming import Prediction, StepOptions, step_fn
+from point3r_jax.streaming import (
+  Prediction,
+  StepOptions,
+  check_image_type,
+  step_fn,
+)
 
 # How full the memory is when the next capacity is compiled in the background.
 _COMPILE_AHEAD = 0.5
@@ -31,11 +36,12 @@ class _Program(NamedTuple):
 
   Attributes:
     step: (params, memory, image) → (memory, prediction).
-    enlarge: memory of the capacity before → memory of this one.
+    enlarge: memory of the capacity before → memory of this one; None for the
+      capacity that the stream has already.
   """
 
   step: Callable[..., tuple[PointerMemory, Prediction]]
-  enlarge: Callable[[PointerMemory], PointerMemory]
+  enlarge: Callable[[PointerMemory], PointerMemory] | None
 
 
 class _Counts:
@@ -193,10 +199,7 @@ class Stream:
         f"this stream takes images of shape {(*self.image_size, 3)}, got "
         f"{tuple(image.shape)}"
       )
-    if image.dtype not in (np.uint8, np.float32):
-      raise ValueError(
-        f"images must be uint8, or float32 in [-1, 1], not {image.dtype}"
-      )
+    check_image_type(image.dtype)
     self._make_room(image.dtype)
     program = self._program(self.capacity, image.dtype).result()
     self.memory, prediction = program.step(self._params, self.memory, image)
@@ -226,7 +229,9 @@ class Stream:
     step = self._step.lower(
       self.config, self.options, self._params, memory(capacity), image
     ).compile()
-    enlarge = self._grow.lower(memory(before), capacity).compile()
+    enlarge = None
+    if capacity != before:
+      enlarge = self._grow.lower(memory(before), capacity).compile()
     self.compile_seconds[capacity] = time.perf_counter() - start
     return _Program(step, enlarge)
 

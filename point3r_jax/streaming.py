@@ -178,6 +178,14 @@ _step = jax.jit(step_fn, static_argnums=(0, 1))
 _scan = jax.jit(scan_fn, static_argnums=(0, 1))
 
 
+def check_image_type(dtype: jnp.dtype) -> None:
+  """Raises ValueError for types that images cannot have."""
+  if dtype not in (jnp.uint8, jnp.float32):
+    raise ValueError(
+      f"images must be uint8, or float32 in [-1, 1], not {dtype}"
+    )
+
+
 def _check_images(
   memory: PointerMemory,
   config: ModelConfig,
@@ -190,10 +198,7 @@ def _check_images(
       f"images must have the axes ({', '.join(axes)}) with 3 channels, got "
       f"shape {tuple(images.shape)}"
     )
-  if images.dtype not in (jnp.uint8, jnp.float32):
-    raise ValueError(
-      f"images must be uint8, or float32 in [-1, 1], not {images.dtype}"
-    )
+  check_image_type(images.dtype)
   batch, (height, width) = images.shape[-4], config.grid(images.shape[-3:-1])
   if memory.image_position.shape[:2] != (batch, height * width):
     raise ValueError(

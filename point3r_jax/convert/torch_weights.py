@@ -9,6 +9,7 @@ from typing import Any
 import flax.traverse_util
 import numpy as np
 
+from point3r_jax.checkpoints import list_problems
 from point3r_jax.config import ModelConfig
 from point3r_jax.convert.names import (
   Weight,
@@ -94,14 +95,9 @@ def _check(
     "of an unexpected shape": sorted(misshapen),
   }
   if any(problems.values()):
-    listing = "; ".join(
-      f"{len(names)} {kind}: {', '.join(names)}"
-      for kind, names in problems.items()
-      if names
-    )
     raise CheckpointFileError(
       f"{tensors.path} does not hold just the weights of a Point3R model: "
-      f"{listing}"
+      f"{list_problems(problems)}"
     )
   return initialised
 
