@@ -36,9 +36,9 @@ class ModelConfig:
     dpt_head_width: channels before a dense head's last layer.
     mlp_ratio: hidden over outer width of every MLP.
     rotary_bases: bases of the hierarchical 3D rotary embedding.
-    scan_layers: run the encoders' blocks as one scanned block with stacked
-      parameters: compiles faster, runs a little slower. See
-      `checkpoints.stack_layers` for the parameters' two layouts.
+    scan_layers: run the layers of encoders and decoders as one scanned layer
+      with stacked parameters: compiles faster, runs a little slower. See
+      `params.stack_layers` for the parameters' two layouts.
   """
 
   image_size: int = 512

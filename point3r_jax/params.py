@@ -22,7 +22,13 @@ from point3r_jax.precision import Precision, get_precision
 # in the dense heads' type.
 _FLOAT32 = {"patch_embed", "pose_head", "head_2"}
 _DENSE = {"camera_dense", "dense"}
-_ENCODERS = ("encoder", "value_encoder")
+# Module, prefix of a layer's name, name of the stacked layers, and how many of
+# the last layers stay by themselves: the decoder's last one is unlike the rest.
+_STACKS = (
+  ("encoder", "block_", "blocks", 0),
+  ("value_encoder", "block_", "blocks", 0),
+  ("decoder", "layer_", "layers", 1),
+)
 
 Shape = tuple[int, ...]
 
@@ -72,7 +78,9 @@ def _draw(path: str, shapes: Mapping[str, Shape], seed: int) -> np.ndarray:
   if leaf not in ("kernel", "bias"):
     noise = rng.standard_normal(shape, np.float32)
     return np.float32(0.02 if path == "pose_token" else 0.2) * noise
-  xavier = path.startswith(("encoder", "decoder/image_", "image_projection"))
+  xavier = path.startswith(("encoder", "image_projection")) or (
+    path.startswith("decoder") and "image_block" in parent
+  )
   if leaf == "bias" and (xavier or parent[-1].endswith("norm")):
     return np.zeros(shape, np.float32)
   kernel = shapes["/".join([*parent, "kernel"])]
@@ -131,29 +139,29 @@ def cast_params(params: dict, precision: str | Precision) -> dict:
 
 
 def stack_layers(params: dict) -> dict:
-  """Lays the encoders' blocks out for `scan_layers`: one stacked tree."""
+  """Lays layers out for `scan_layers`: one stacked tree a stack of layers."""
 
-  def stack(encoder):
-    rest = dict(encoder)
-    depth = sum(key.startswith("block_") for key in encoder)
-    blocks = [rest.pop(f"block_{i}") for i in range(depth)]
-    numpy = isinstance(jax.tree.leaves(blocks)[0], np.ndarray)
+  def stack(tree, layer, stacked, keep):
+    rest = dict(tree)
+    depth = sum(key.startswith(layer) for key in tree) - keep
+    layers = [rest.pop(f"{layer}{i}") for i in range(depth)]
+    numpy = isinstance(jax.tree.leaves(layers)[0], np.ndarray)
     join = np.stack if numpy else jnp.stack
-    return {**rest, "blocks": jax.tree.map(lambda *x: join(x), *blocks)}
+    return {**rest, stacked: jax.tree.map(lambda *x: join(x), *layers)}
 
-  return {**params, **{name: stack(params[name]) for name in _ENCODERS}}
+  return {**params, **{n: stack(params[n], *rest) for n, *rest in _STACKS}}
 
 
 def unstack_layers(params: dict) -> dict:
-  """Undoes `stack_layers`: one tree a block, as checkpoints hold them."""
+  """Undoes `stack_layers`: one tree a layer, as checkpoints hold them."""
 
-  def unstack(encoder):
-    rest = dict(encoder)
-    blocks = rest.pop("blocks")
-    depth = jax.tree.leaves(blocks)[0].shape[0]
+  def unstack(tree, layer, stacked, _):
+    rest = dict(tree)
+    layers = rest.pop(stacked)
+    depth = jax.tree.leaves(layers)[0].shape[0]
     return rest | {
-      f"block_{i}": jax.tree.map(lambda x, i=i: x[i], blocks)
+      f"{layer}{i}": jax.tree.map(lambda x, i=i: x[i], layers)
       for i in range(depth)
     }
 
-  return {**params, **{name: unstack(params[name]) for name in _ENCODERS}}
+  return {**params, **{n: unstack(params[n], *rest) for n, *rest in _STACKS}}

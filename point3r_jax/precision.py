@@ -36,6 +36,8 @@ POLICIES = {
     Precision("float32", jnp.float32, jnp.float32, "highest"),
     Precision("tf32", jnp.float32, jnp.float32, "tensorfloat32"),
     Precision("bfloat16", jnp.bfloat16, jnp.bfloat16, "tensorfloat32"),
+    # As the published training: the dense heads are not rounded to bfloat16.
+    Precision("mixed", jnp.bfloat16, jnp.float32, "tensorfloat32"),
   )
 }
 

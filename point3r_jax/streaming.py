@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from point3r_jax.config import ModelConfig
 from point3r_jax.memory import PointerMemory, fuse, reset
 from point3r_jax.models.attention import IMPLEMENTATIONS
-from point3r_jax.models.layers import Compute
+from point3r_jax.models.layers import REMAT, Compute
 from point3r_jax.models.point3r import HEADS, Context, FrameOutput, Point3R
 from point3r_jax.precision import Precision, get_precision
 
@@ -54,7 +54,7 @@ class StepOptions:
   """How to run a step; the keyword options of `step`, `scan` and `Stream`.
 
   Attributes:
-    precision: "float32", "tf32", "bfloat16" or a `Precision`; None: float32 on
+    precision: "float32", "tf32", "bfloat16", "mixed" or a `Precision`; None: float32 on
       a CPU, bfloat16 on accelerators.
     attention: "auto", "xla", "cudnn" or "tpu", see `models.attention`.
     fusion: False keeps all pointers (the paper's first training stage).
@@ -63,6 +63,10 @@ class StepOptions:
     heads: "both", "camera" or "world": which point maps to return. "world"
       saves the camera head; "camera" saves nothing but the copy, for pointers
       are made of world points.
+    remat: what a backward pass computes again instead of keeping it: "none",
+      "elementwise" (attention, norms and activations; keeps the results of
+      linear maps) or "blocks" (all but the blocks' inputs). Both other than
+      "none" compute the dense heads again.
   """
 
   precision: str | Precision | None = None
@@ -71,6 +75,7 @@ class StepOptions:
   fusion_divisor: float = 20.0
   rotary: bool = True
   heads: str = "both"
+  remat: str = "none"
 
   def __post_init__(self):
     """Fills the default precision and refuses unknown names."""
@@ -81,6 +86,8 @@ class StepOptions:
       )
     if self.heads not in HEADS:
       raise ValueError(f"unknown heads {self.heads!r}; there are {HEADS}")
+    if self.remat not in REMAT:
+      raise ValueError(f"unknown remat {self.remat!r}; there are {REMAT}")
     if not self.fusion_divisor > 0:
       raise ValueError(
         f"fusion_divisor must be positive, got {self.fusion_divisor}"
@@ -91,7 +98,7 @@ def build_model(config: ModelConfig, options: StepOptions) -> Point3R:
   """Returns the network that runs under these options."""
   return Point3R(
     config,
-    Compute(options.precision, options.attention),
+    Compute(options.precision, options.attention, options.remat),
     rotary=options.rotary,
     camera_head=options.heads != "world",
   )

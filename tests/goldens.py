@@ -16,8 +16,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from point3r_jax import geometry
 from point3r_jax.config import ModelConfig
 from point3r_jax.convert.names import config_from_shapes, weight_table
+from point3r_jax.losses import Targets
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 
@@ -111,4 +113,30 @@ def load_golden(name: str) -> Golden:
     salt=meta["salt"],
     stride=meta["stride"],
     size=meta["kind"],
+  )
+
+
+def loss_targets(golden: dict[str, np.ndarray], frames: int) -> Targets:
+  """Returns the targets in a loss or gradient file."""
+
+  def stack(key, default=None):
+    return np.stack(
+      [golden.get(f"gt{t}/{key}", default) for t in range(frames)]
+    )
+
+  valid = stack("valid_mask")
+  poses = stack("camera_pose")
+  world_to_camera = geometry.invert_pose(poses)
+  points = stack("pts3d")
+  absent = np.zeros(valid.shape[1], bool)
+  flags = ("is_metric", "camera_only", "depth_only", "single_view")
+  return Targets(
+    points_camera=geometry.transform_points(world_to_camera, points),
+    points_world=geometry.transform_points(world_to_camera[:1], points),
+    pose=geometry.matrix_to_pose(
+      np.einsum("bij,tbjk->tbik", world_to_camera[0], poses)
+    ),
+    valid=valid,
+    sky=stack("sky_mask", np.zeros(valid.shape[1:], bool)),
+    **{flag: golden.get(f"gt0/{flag}", absent) for flag in flags},
   )

@@ -29,7 +29,7 @@ def test_full_size_without_allocating():
 def test_fresh_parameters_follow_the_published_start():
   params = p3r.init_params(SMALL)
   chex.assert_trees_all_equal_shapes(params, param_shapes(SMALL))
-  block = params["decoder"]["image_block_1"]
+  block = params["decoder"]["layer_1"]["image_block"]
   qkv = block["self_attention"]["qkv"]
   bound = np.sqrt(6 / (192 + 3 * 192))  # Xavier, of the fused projection.
   assert 0.99 * bound < np.abs(qkv["kernel"]).max() <= bound
@@ -37,7 +37,8 @@ def test_fresh_parameters_follow_the_published_start():
   assert (block["self_norm"]["scale"] == 1).all()
   assert not block["self_norm"]["bias"].any()
 
-  query = params["decoder"]["pointer_block_1"]["cross_attention"]["query"]
+  block = params["decoder"]["layer_1"]["pointer_block"]
+  query = block["cross_attention"]["query"]
   for leaf in query.values():
     assert 0.9 * 192**-0.5 < np.abs(leaf).max() <= 192**-0.5
   conv = params["camera_dense"]["layer_1"]["kernel"]
@@ -80,7 +81,7 @@ def test_policies_cast_operands_only():
   params = cast_params(micro.params(), "bfloat16")
   low = {"bfloat16", "float32"}
   assert {str(x.dtype) for x in jax.tree.leaves(params)} == low
-  block = params["decoder"]["image_block_0"]
+  block = params["decoder"]["layer_0"]["image_block"]
   assert block["mlp"]["hidden"]["kernel"].dtype == jnp.bfloat16
   assert block["mlp_norm"]["scale"].dtype == jnp.float32
   assert block["mlp_norm"]["bias"].dtype == jnp.float32

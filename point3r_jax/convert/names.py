@@ -162,9 +162,10 @@ def _weights(config: ModelConfig) -> Iterator[Weight]:
   yield from _affine("decoder_embed", "image_projection")
   yield from _affine("decoder_embed_memory", "pointer_projection")
   for i in range(config.decoder_depth):
-    yield from _decoder_block(f"dec_blocks.{i}", f"decoder/image_block_{i}")
+    layer = f"decoder/layer_{i}"
+    yield from _decoder_block(f"dec_blocks.{i}", f"{layer}/image_block")
     yield from _decoder_block(
-      f"dec_blocks_memory.{i}", f"decoder/pointer_block_{i}"
+      f"dec_blocks_memory.{i}", f"{layer}/pointer_block"
     )
   yield from _norm("dec_norm", "decoder/norm")
   yield from _norm("dec_norm_memory", "decoder/pointer_norm")

@@ -61,12 +61,69 @@ def decoder_rotary(
   )
 
 
+class DecoderLayer(nn.Module):
+  """One layer of both streams; both read the previous layer's outputs.
+
+  Attributes:
+    config: the model's sizes.
+    compute: precision and kernels.
+    last: whether the pointers' update is not used by anything: then it is not
+      computed; its parameters exist because checkpoints hold them.
+  """
+
+  config: ModelConfig
+  compute: Compute
+  last: bool = False
+
+  @nn.compact
+  def __call__(
+    self,
+    image: jax.Array,
+    pointers: jax.Array,
+    pointer_count: jax.Array,
+    image_rotary: DecoderRotary | None,
+    pointer_rotary: DecoderRotary | None,
+  ) -> tuple[jax.Array, jax.Array]:
+    """Updates the streams; see `InterleavedDecoder` for the arguments.
+
+    Returns:
+      The image stream and the pointers, float32; the latter as they came in if
+      this is the last layer.
+    """
+    block = self.compute.remat_block(DecoderBlock)
+    config, ratio = self.config, self.config.mlp_ratio
+    image_block = block(
+      config.decoder_heads, ratio, self.compute, name="image_block"
+    )
+    pointer_block = block(
+      config.pointer_heads, ratio, self.compute, name="pointer_block"
+    )
+    next_image = image_block(
+      image,
+      pointers,
+      image_rotary and image_rotary.image,
+      image_rotary and image_rotary.pointers,
+      None,
+      pointer_count,
+    )
+    if self.last and not self.is_initializing():
+      return next_image, pointers
+    next_pointers = pointer_block(
+      pointers,
+      image,
+      pointer_rotary and pointer_rotary.pointers,
+      pointer_rotary and pointer_rotary.image,
+      pointer_count,
+      None,
+    )
+    return next_image, next_pointers
+
+
 class InterleavedDecoder(nn.Module):
   """L layers in which the image stream and the pointers look at each other.
 
-  Both blocks of a layer read the previous layer's outputs. The pointer stream's
-  last output is not used by anything, so its last block is not computed; its
-  parameters exist because checkpoints hold them.
+  With `config.scan_layers` all layers but the last are one scanned layer with
+  stacked parameters (`layers`) instead of one a layer (`layer_0`, …).
   """
 
   config: ModelConfig
@@ -94,38 +151,35 @@ class InterleavedDecoder(nn.Module):
       The image stream (B, N+1, D) float32 after layers L/2 and 3L/4, and after
       layer L and the final norm.
     """
-    depth, ratio = self.config.decoder_depth, self.config.mlp_ratio
-    taps = {}
-    for layer in range(depth):
-      image_block = DecoderBlock(
-        self.config.decoder_heads,
-        ratio,
-        self.compute,
-        name=f"image_block_{layer}",
+    depth = self.config.decoder_depth
+    context = (pointer_count, image_rotary, pointer_rotary)
+    last = depth - 1
+
+    def layer(name: str, **options) -> DecoderLayer:
+      return DecoderLayer(self.config, self.compute, name=name, **options)
+
+    if self.config.scan_layers:
+
+      def body(module, carry):
+        carry = module(*carry, *context)
+        return carry, carry[0]
+
+      scanned = nn.scan(
+        body,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=last,
       )
-      pointer_block = DecoderBlock(
-        self.config.pointer_heads,
-        ratio,
-        self.compute,
-        name=f"pointer_block_{layer}",
-      )
-      next_image = image_block(
-        image,
-        pointers,
-        image_rotary and image_rotary.image,
-        image_rotary and image_rotary.pointers,
-        context_length=pointer_count,
-      )
-      if layer < depth - 1 or self.is_initializing():
-        pointers = pointer_block(
-          pointers,
-          image,
-          pointer_rotary and pointer_rotary.pointers,
-          pointer_rotary and pointer_rotary.image,
-          length=pointer_count,
-        )
-      image = taps[layer + 1] = next_image
+      (image, pointers), outputs = scanned(layer("layers"), (image, pointers))
+    else:
+      outputs = []
+      for i in range(last):
+        image, pointers = layer(f"layer_{i}")(image, pointers, *context)
+        outputs.append(image)
+    image, pointers = layer(f"layer_{last}", last=True)(
+      image, pointers, *context
+    )
     if self.is_initializing():
       layer_norm("pointer_norm")(pointers)
-    image = layer_norm("norm")(image)
-    return taps[depth // 2], taps[3 * depth // 4], image
+    half, three_quarters = outputs[depth // 2 - 1], outputs[3 * depth // 4 - 1]
+    return half, three_quarters, layer_norm("norm")(image)

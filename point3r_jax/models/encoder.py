@@ -57,7 +57,8 @@ class VisionTransformer(nn.Module):
     rotary = rotary_2d(grid, self.width // self.heads)
 
     def block(name: str) -> EncoderBlock:
-      return EncoderBlock(self.heads, self.mlp_ratio, self.compute, name=name)
+      encoder_block = self.compute.remat_block(EncoderBlock)
+      return encoder_block(self.heads, self.mlp_ratio, self.compute, name=name)
 
     if self.scan_layers:
       scanned = nn.scan(

@@ -73,10 +73,11 @@ class WorldHead(nn.Module):
     rotary = rotary_2d(grid, config.decoder_width // config.decoder_heads)
     x = maps[-1]
     for layer in range(_WORLD_DEPTH):
-      x = ModulatedBlock(
+      x = self.compute.remat_block(ModulatedBlock)(
         config.decoder_heads,
         config.mlp_ratio,
         self.compute,
         name=f"block_{layer}",
       )(x, pose_token, rotary)
-    return DenseHead(config, self.compute, name="dense")((*maps[:-1], x), grid)
+    dense = self.compute.remat_dense(DenseHead)
+    return dense(config, self.compute, name="dense")((*maps[:-1], x), grid)

@@ -17,6 +17,10 @@ from point3r_jax.models.attention import attention
 from point3r_jax.models.rotary import RotaryTable, apply_rotary
 from point3r_jax.precision import Precision
 
+# What the backward pass computes again: nothing; all of a block but its linear
+# maps, and the dense heads; or whole blocks and dense heads.
+REMAT = ("none", "elementwise", "blocks")
+
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
@@ -25,15 +29,36 @@ class Compute:
   Attributes:
     precision: the precision policy.
     attention: implementation name for `models.attention`.
+    remat: what the backward pass computes again, one of `REMAT`.
   """
 
   precision: Precision
   attention: str = "auto"
+  remat: str = "none"
 
   @property
   def dtype(self) -> jnp.dtype:
     """Type of the operands of matrix products."""
     return self.precision.dtype
+
+  def remat_block(self, block: type[nn.Module]) -> type[nn.Module]:
+    """Returns a transformer block that keeps what `remat` says."""
+    if self.remat == "none":
+      return block
+    policies = jax.checkpoint_policies
+    return nn.remat(
+      block,
+      policy=policies.nothing_saveable
+      if self.remat == "blocks"
+      else policies.dots_with_no_batch_dims_saveable,
+    )
+
+  def remat_dense(self, head: type[nn.Module]) -> type[nn.Module]:
+    """Returns a dense head that keeps nothing unless `remat` is "none"."""
+    if self.remat == "none":
+      return head
+    # Its maps are as large as the image: by far the most memory a FLOP.
+    return nn.remat(head, static_argnums=(2,))
 
 
 class Linear(nn.Module):

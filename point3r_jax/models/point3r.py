@@ -102,7 +102,7 @@ class Point3R(nn.Module):
     )
     self.pose_memory = PoseMemory(config, compute)
     self.pose_head = Mlp(4 * config.decoder_width, 7, jnp.float32, "highest")
-    self.camera_dense = DenseHead(config, compute)
+    self.camera_dense = compute.remat_dense(DenseHead)(config, compute)
     self.world_head = WorldHead(config, compute)
     self.key_head = Mlp(
       config.encoder_width + config.decoder_width,

@@ -29,8 +29,9 @@ class PoseMemory(nn.Module):
     self.masked_token = self.param("masked_token", zeros, (width,))
     self.projection = Linear(width, self.compute.dtype)
     sizes = (self.config.decoder_heads, self.config.mlp_ratio, self.compute)
-    self.read_blocks = [DecoderBlock(*sizes) for _ in range(_DEPTH)]
-    self.write_blocks = [DecoderBlock(*sizes) for _ in range(_DEPTH)]
+    block = self.compute.remat_block(DecoderBlock)
+    self.read_blocks = [block(*sizes) for _ in range(_DEPTH)]
+    self.write_blocks = [block(*sizes) for _ in range(_DEPTH)]
 
   def _pair(self, summary: jax.Array, token: jax.Array) -> jax.Array:
     """Joins a frame's summary (B, E) and a token (B, D) to (B, 1, 2D)."""

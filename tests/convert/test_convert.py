@@ -197,8 +197,8 @@ def test_pointer_blocks_start_as_copies_where_there_are_none(tmp_path, state):
   assert convert(tmp_path / "croco.pth", tmp_path / "out") == 0
   _, params = p3r.load_checkpoint(tmp_path / "out")
   np.testing.assert_array_equal(
-    params["decoder"]["pointer_block_2"]["mlp"]["hidden"]["kernel"],
-    params["decoder"]["image_block_2"]["mlp"]["hidden"]["kernel"],
+    params["decoder"]["layer_2"]["pointer_block"]["mlp"]["hidden"]["kernel"],
+    params["decoder"]["layer_2"]["image_block"]["mlp"]["hidden"]["kernel"],
   )
 
 

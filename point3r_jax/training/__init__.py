@@ -1,0 +1,1 @@
+"""Training: the recurrent model, sharded, from configs to checkpoints."""

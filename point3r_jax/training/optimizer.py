@@ -1,0 +1,141 @@
+"""The optimiser: AdamW with warm-up and cosine, by fractional epoch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerOptions:
+  """The published training's optimiser; the defaults are stage 1's.
+
+  Attributes:
+    lr: highest learning rate.
+    min_lr: the learning rate at the end.
+    epochs: length of the run, in epochs.
+    warmup_epochs: over which the learning rate rises from 0, linearly.
+    weight_decay: of all parameters but biases and norms.
+    b1: decay of the gradient's mean.
+    b2: decay of its square's mean.
+    eps: added to the root of the latter.
+    clip_norm: gradients with a larger global norm are scaled down to it.
+    accumulate: batches whose gradients are averaged before an update.
+    freeze: regular expressions; parameters whose path starts with one of them
+      are not trained: no gradients and no optimiser state for them.
+    ema_decay: of an exponential moving average of the parameters; 0: none.
+  """
+
+  lr: float = 5e-5
+  min_lr: float = 1e-6
+  epochs: float = 100.0
+  warmup_epochs: float = 5.0
+  weight_decay: float = 0.05
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  clip_norm: float = 1.0
+  accumulate: int = 1
+  freeze: tuple[str, ...] = ()
+  ema_decay: float = 0.0
+
+  def __post_init__(self):
+    """Refuses numbers without meaning."""
+    if not 0 <= self.warmup_epochs <= self.epochs:
+      raise ValueError(
+        f"warmup_epochs must be between 0 and epochs, got {self.warmup_epochs} "
+        f"of {self.epochs}"
+      )
+    if self.accumulate < 1 or not 0 <= self.ema_decay < 1:
+      raise ValueError(
+        "accumulate must be at least 1 and ema_decay in [0, 1), got "
+        f"{self.accumulate} and {self.ema_decay}"
+      )
+
+
+def learning_rate(
+  options: OptimizerOptions, steps_per_epoch: int
+) -> Callable[[jax.Array], jax.Array]:
+  """Returns the learning rate as a function of the update's number, from 0."""
+
+  def schedule(count):
+    epoch = count * options.accumulate / steps_per_epoch
+    warmup, span = options.warmup_epochs, options.epochs - options.warmup_epochs
+    done = (epoch - warmup) / max(span, 1e-9)
+    cosine = (1 + jnp.cos(math.pi * jnp.clip(done, 0, 1))) / 2
+    decayed = options.min_lr + (options.lr - options.min_lr) * cosine
+    return jnp.where(
+      epoch < warmup, options.lr * epoch / max(warmup, 1e-9), decayed
+    )
+
+  return schedule
+
+
+def decay_mask(params: dict) -> dict:
+  """Returns which parameters decay: all but biases and the scales of norms."""
+  flat = flax.traverse_util.flatten_dict(params)
+  mask = {path: path[-1] not in ("bias", "scale") for path in flat}
+  return flax.traverse_util.unflatten_dict(mask)
+
+
+def make_optimizer(
+  options: OptimizerOptions, steps_per_epoch: int
+) -> optax.GradientTransformation:
+  """Returns AdamW behind a clip of the global norm, accumulating if asked."""
+  optimizer = optax.chain(
+    optax.clip_by_global_norm(options.clip_norm),
+    optax.adamw(
+      learning_rate(options, steps_per_epoch),
+      b1=options.b1,
+      b2=options.b2,
+      eps=options.eps,
+      weight_decay=options.weight_decay,
+      mask=decay_mask,
+    ),
+  )
+  if options.accumulate > 1:
+    multi = optax.MultiSteps(optimizer, options.accumulate)
+    return multi.gradient_transformation()
+  return optimizer
+
+
+def split_frozen(params: dict, freeze: Sequence[str]) -> tuple[dict, dict]:
+  """Splits parameters into those that are trained and those that are not.
+
+  Args:
+    params: nested dictionary.
+    freeze: see `OptimizerOptions`.
+
+  Returns:
+    Two nested dictionaries that `merge` joins again.
+
+  Raises:
+    ValueError: for an expression that no parameter matches.
+  """
+  flat = flax.traverse_util.flatten_dict(params, sep="/")
+  for pattern in freeze:
+    if not any(re.match(pattern, path) for path in flat):
+      raise ValueError(f"freeze: no parameter's path starts with {pattern!r}")
+  frozen = {
+    path: leaf
+    for path, leaf in flat.items()
+    if any(re.match(pattern, path) for pattern in freeze)
+  }
+  trained = {path: x for path, x in flat.items() if path not in frozen}
+  return tuple(
+    flax.traverse_util.unflatten_dict(part, sep="/")
+    for part in (trained, frozen)
+  )
+
+
+def merge(trained: dict, frozen: dict) -> dict:
+  """Undoes `split_frozen`."""
+  flatten = flax.traverse_util.flatten_dict
+  return flax.traverse_util.unflatten_dict(flatten(trained) | flatten(frozen))

@@ -1,0 +1,117 @@
+"""Where arrays live: the mesh, and rules from a parameter's path to its axes.
+
+The mesh has two axes, 'data' and 'fsdp'. Batches, and with them the pointer
+memories, are split over both; parameters and optimiser state over 'fsdp'. With
+one of the axes of size 1 that is plain data parallelism, or fully sharded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp")
+
+# Path → what to do; the first expression that is found in the path decides.
+Rules = Sequence[tuple[str, str]]
+RULES: Rules = ((".*", "fsdp"),)
+TACTICS = ("fsdp", "replicate")
+
+# Smaller arrays are copied to all devices: splitting them saves nothing.
+_MIN_SIZE = 2**16
+
+
+def make_mesh(
+  data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """Returns the mesh; -1 takes all devices that the other axis leaves.
+
+  Raises:
+    ValueError: if the axes do not use all devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  count = len(devices)
+  if data == -1:
+    data = count // fsdp if fsdp > 0 else 0
+  elif fsdp == -1:
+    fsdp = count // data if data > 0 else 0
+  if data < 1 or fsdp < 1 or data * fsdp != count:
+    raise ValueError(
+      f"a mesh of data={data}, fsdp={fsdp} does not use {count} devices; their "
+      "product must be the number of devices (-1: what the other axis leaves)"
+    )
+  return jax.make_mesh(
+    (data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices
+  )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of what every device holds in full."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of arrays with a leading batch axis."""
+  return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def _spec(shape: tuple[int, ...], devices: int) -> PartitionSpec:
+  """Splits the largest dimension that divides; small arrays are not split."""
+  dimensions = [i for i, size in enumerate(shape) if size % devices == 0]
+  if devices == 1 or np.prod(shape) < _MIN_SIZE or not dimensions:
+    return PartitionSpec()
+  largest = max(dimensions, key=lambda i: shape[i])
+  return PartitionSpec(
+    *["fsdp" if i == largest else None for i in range(largest + 1)]
+  )
+
+
+def param_shardings(mesh: Mesh, params: Any, rules: Rules = RULES) -> Any:
+  """Returns a sharding for each parameter.
+
+  Args:
+    mesh: from `make_mesh`.
+    params: nested dictionary of anything with a shape.
+    rules: see `Rules`.
+
+  Returns:
+    The same tree of shardings.
+
+  Raises:
+    ValueError: for an unknown tactic, or a path without a rule.
+  """
+  for _, tactic in rules:
+    if tactic not in TACTICS:
+      raise ValueError(f"unknown tactic {tactic!r}; there are {TACTICS}")
+
+  def shard(path, leaf):
+    name = "/".join(entry.key for entry in path)
+    for pattern, tactic in rules:
+      if re.search(pattern, name):
+        fsdp = mesh.shape["fsdp"] if tactic == "fsdp" else 1
+        return NamedSharding(mesh, _spec(leaf.shape, fsdp))
+    raise ValueError(f"no sharding rule for the parameter {name}")
+
+  return jax.tree_util.tree_map_with_path(shard, params)
+
+
+def optimizer_shardings(
+  mesh: Mesh,
+  optimizer: optax.GradientTransformation,
+  trained: Any,
+  rules: Rules,
+) -> Any:
+  """Returns shardings of the optimiser's state: as the parameters it is of."""
+  return optax.tree_map_params(
+    optimizer,
+    lambda _, sharding: sharding,
+    jax.eval_shape(optimizer.init, trained),
+    param_shardings(mesh, trained, rules),
+    transform_non_params=lambda _: replicated(mesh),
+  )

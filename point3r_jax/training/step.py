@@ -1,0 +1,144 @@
+"""One step of training: loss, gradient, update; pure functions."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from point3r_jax.config import ModelConfig
+from point3r_jax.losses import LossOptions, make_targets, point3r_loss
+from point3r_jax.params import cast_params, stack_layers
+from point3r_jax.streaming import Prediction
+from point3r_jax.training.optimizer import (
+  OptimizerOptions,
+  learning_rate,
+  merge,
+  split_frozen,
+)
+from point3r_jax.training.rollout import RolloutOptions, rollout
+from point3r_jax.training.state import TrainState
+
+# The (B,) flags of a batch that decide how its samples count in the loss.
+FLAGS = ("is_metric", "camera_only", "depth_only", "single_view")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+  """All that fixes the function of a training step.
+
+  Attributes:
+    model: the model's sizes; with `scan_layers` the parameters, unstacked at
+      rest, are stacked inside the step, which compiles in a fraction of the
+      time.
+    rollout: how sequences are run.
+    loss: which loss.
+    optimizer: the optimiser's numbers.
+    steps_per_epoch: batches in an epoch.
+  """
+
+  model: ModelConfig
+  rollout: RolloutOptions
+  loss: LossOptions
+  optimizer: OptimizerOptions
+  steps_per_epoch: int
+
+
+def sequence_loss(
+  config: StepConfig, params: dict, batch: dict[str, jax.Array]
+) -> tuple[jax.Array, tuple[dict[str, jax.Array], Prediction]]:
+  """Returns the loss of a batch, and its parts and predictions.
+
+  Args:
+    config: what to compute.
+    params: float32, layers unstacked.
+    batch: arrays with leading axes B, T (see `data.record`).
+  """
+  # Cast once, like autocast: gradients of a frame are added up in the policy's
+  # type, and only then become float32.
+  params = cast_params(params, config.rollout.step.precision)
+  if config.model.scan_layers:
+    params = stack_layers(params)
+  memory, prediction = rollout(
+    config.model, config.rollout, params, batch["image"]
+  )
+  depth, intrinsics, poses = (
+    batch[name].swapaxes(0, 1)
+    for name in ("depth", "intrinsics", "camera_to_world")
+  )
+  targets = make_targets(
+    depth, intrinsics, poses, **{flag: batch[flag] for flag in FLAGS}
+  )
+  loss, parts = point3r_loss(prediction, targets, config.loss)
+  parts["pointers"] = jnp.mean(memory.count.astype(jnp.float32))
+  parts["overflow"] = jnp.sum(memory.overflow)
+  return loss, (parts, prediction)
+
+
+def train_step(
+  config: StepConfig,
+  optimizer: optax.GradientTransformation,
+  state: TrainState,
+  batch: dict[str, jax.Array],
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """Takes one batch.
+
+  A batch whose loss or gradient is not finite changes nothing but the counts.
+
+  Args:
+    config: what to compute.
+    optimizer: of `config.optimizer`.
+    state: before the step.
+    batch: arrays with leading axes B, T (see `data.record`).
+
+  Returns:
+    The state after the step, and scalars by name.
+  """
+  options = config.optimizer
+  trained, frozen = split_frozen(state.params, options.freeze)
+
+  def loss_fn(trained):
+    return sequence_loss(config, merge(trained, frozen), batch)
+
+  (loss, (parts, _)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
+    trained
+  )
+  norm = optax.global_norm(gradient)
+  finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+  updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
+  updated = optax.apply_updates(trained, updates)
+  ema = state.ema
+  if ema is not None:
+    ema = optax.incremental_update(updated, ema, 1 - options.ema_decay)
+
+  def keep(new, old):
+    return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
+
+  updated = keep(updated, trained)
+  skip = (~finite).astype(jnp.int32)
+  state = TrainState(
+    step=state.step + 1,
+    params=merge(updated, frozen),
+    opt_state=keep(opt_state, state.opt_state),
+    ema=keep(ema, state.ema),
+    skipped=state.skipped + skip,
+    streak=(state.streak + skip) * skip,
+  )
+  update = (state.step - 1) // options.accumulate
+  metrics = {
+    "loss": loss,
+    "loss_camera": jnp.mean(parts["camera_confidence"]),
+    "loss_world": jnp.mean(parts["world_confidence"]),
+    "loss_pose": parts["pose"],
+    "error_camera": jnp.mean(parts["camera"]),
+    "error_world": jnp.mean(parts["world"]),
+    "grad_norm": norm,
+    "lr": learning_rate(options, config.steps_per_epoch)(update),
+    "pointers": parts["pointers"],
+    "overflow": parts["overflow"],
+    "skipped": state.skipped,
+    "streak": state.streak,
+  }
+  return state, metrics
