@@ -18,6 +18,7 @@ processes, workers or threads and still sees the same data.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -62,6 +63,9 @@ class Loader(Iterator[Record]):
   def close(self) -> None:
     """Ends the worker processes; returns once they are gone."""
     self._batches.close()
+    # What ended the iteration is in a reference cycle with the last batch,
+    # whose shared memory Python would else report as leaked.
+    gc.collect()
 
   def __enter__(self) -> Loader:
     """Returns itself."""

@@ -182,14 +182,20 @@ def _check_values(record: Mapping[str, np.ndarray], where: str) -> None:
 def record_error(where: str, error: Exception) -> InputError:
   """Returns the error to raise where reading a record failed.
 
+  A bug in a reader keeps its traceback, as a note.
+
   Args:
     where: names the record.
     error: what was raised, an `InputError` or whatever else.
   """
   if isinstance(error, InputError):
-    return InputError(f"{where}: {error}")
-  result = InputError(f"{where}: {type(error).__name__}: {one_line(error)}")
-  # As text, because causes, and some exceptions, do not survive the way out of
-  # a worker process.
-  result.add_note("".join(traceback.format_exception(error)))
+    result = InputError(f"{where}: {error}")
+    notes = getattr(error, "__notes__", [])
+  else:
+    result = InputError(f"{where}: {type(error).__name__}: {one_line(error)}")
+    # As text, because causes, and some exceptions, do not survive the way out
+    # of a worker process.
+    notes = ["".join(traceback.format_exception(error))]
+  for note in notes:
+    result.add_note(note)
   return result

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "tpu")
 
@@ -96,7 +97,11 @@ def _tpu_attention(
   value: jax.Array,
   key_length: jax.Array | None,
 ) -> jax.Array:
-  """Pallas flash attention; keys beyond the length are another segment."""
+  """Pallas flash attention; keys beyond the length are another segment.
+
+  Under a mesh (`jax.set_mesh`) the batch is split over all of it: the compiler
+  cannot split kernels by itself.
+  """
   from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
   segments = None
@@ -107,10 +112,36 @@ def _tpu_attention(
     )
   # The kernel knows these two precisions only.
   full = query.dtype == jnp.float32
-  with jax.default_matmul_precision("highest" if full else "default"):
-    result = flash.flash_attention(
+  known = "highest" if full else "default"
+
+  def run(query, key, value, segments):
+    return flash.flash_attention(
       *(x.swapaxes(1, 2) for x in (query, key, value)),
       segment_ids=segments,
       sm_scale=query.shape[-1] ** -0.5,
+    ).swapaxes(1, 2)
+
+  @jax.custom_vjp
+  def kernel(*operands):
+    with jax.default_matmul_precision(known):
+      return run(*operands)
+
+  # Derivatives are traced later, when the precision around may be another.
+  def forward(*operands):
+    with jax.default_matmul_precision(known):
+      return jax.vjp(lambda *x: run(*x, operands[3]), *operands[:3])
+
+  def backward(pullback, gradient):
+    with jax.default_matmul_precision(known):
+      return *pullback(gradient), None
+
+  kernel.defvjp(forward, backward)
+  axes = jax.sharding.get_abstract_mesh().auto_axes
+  if axes:
+    kernel = jax.shard_map(
+      kernel,
+      in_specs=PartitionSpec(axes),
+      out_specs=PartitionSpec(axes),
+      check_vma=False,
     )
-  return result.swapaxes(1, 2)
+  return kernel(query, key, value, segments)

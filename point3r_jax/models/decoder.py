@@ -90,8 +90,9 @@ class DecoderLayer(nn.Module):
       The image stream and the pointers, float32; the latter as they came in if
       this is the last layer.
     """
-    block = self.compute.remat_block(DecoderBlock)
     config, ratio = self.config, self.config.mlp_ratio
+    scanned = config.scan_layers and not self.last
+    block = self.compute.remat_block(DecoderBlock, scanned)
     image_block = block(
       config.decoder_heads, ratio, self.compute, name="image_block"
     )
@@ -180,6 +181,6 @@ class InterleavedDecoder(nn.Module):
       image, pointers, *context
     )
     if self.is_initializing():
-      layer_norm("pointer_norm")(pointers)
+      layer_norm(self.compute, "pointer_norm")(pointers)
     half, three_quarters = outputs[depth // 2 - 1], outputs[3 * depth // 4 - 1]
-    return half, three_quarters, layer_norm("norm")(image)
+    return half, three_quarters, layer_norm(self.compute, "norm")(image)

@@ -57,7 +57,7 @@ class VisionTransformer(nn.Module):
     rotary = rotary_2d(grid, self.width // self.heads)
 
     def block(name: str) -> EncoderBlock:
-      encoder_block = self.compute.remat_block(EncoderBlock)
+      encoder_block = self.compute.remat_block(EncoderBlock, self.scan_layers)
       return encoder_block(self.heads, self.mlp_ratio, self.compute, name=name)
 
     if self.scan_layers:
@@ -71,4 +71,4 @@ class VisionTransformer(nn.Module):
     else:
       for layer in range(self.depth):
         x = block(f"block_{layer}")(x, rotary)
-    return layer_norm("norm")(x)
+    return layer_norm(self.compute, "norm")(x)

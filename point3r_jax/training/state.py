@@ -27,7 +27,7 @@ class TrainState:
 
   Attributes:
     step: () int32, batches seen.
-    params: nested dictionary of float32, layers unstacked.
+    params: nested dictionary of float32.
     opt_state: the optimiser's, of the trained parameters only.
     ema: moving average of the trained parameters, or None.
     skipped: () int32, batches whose loss or gradient was not finite.

@@ -10,7 +10,7 @@ import optax
 
 from point3r_jax.config import ModelConfig
 from point3r_jax.losses import LossOptions, make_targets, point3r_loss
-from point3r_jax.params import cast_params, stack_layers
+from point3r_jax.params import cast_params
 from point3r_jax.streaming import Prediction
 from point3r_jax.training.optimizer import (
   OptimizerOptions,
@@ -30,9 +30,8 @@ class StepConfig:
   """All that fixes the function of a training step.
 
   Attributes:
-    model: the model's sizes; with `scan_layers` the parameters, unstacked at
-      rest, are stacked inside the step, which compiles in a fraction of the
-      time.
+    model: the model's sizes, and the layout of its parameters: `scan_layers`
+      compiles in a fraction of the time.
     rollout: how sequences are run.
     loss: which loss.
     optimizer: the optimiser's numbers.
@@ -53,14 +52,12 @@ def sequence_loss(
 
   Args:
     config: what to compute.
-    params: float32, layers unstacked.
+    params: float32, in the model's layout.
     batch: arrays with leading axes B, T (see `data.record`).
   """
   # Cast once, like autocast: gradients of a frame are added up in the policy's
   # type, and only then become float32.
   params = cast_params(params, config.rollout.step.precision)
-  if config.model.scan_layers:
-    params = stack_layers(params)
   memory, prediction = rollout(
     config.model, config.rollout, params, batch["image"]
   )

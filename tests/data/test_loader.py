@@ -87,8 +87,9 @@ def test_workers_give_the_same_and_end(workers):
     assert len(multiprocessing.active_children()) == workers
     with pytest.raises(
       InputError, match=f"sample 22: dataset 'tiny', record {last}: OSError"
-    ):
+    ) as caught:
       next(loader)
+    assert "in sequence" in caught.value.__notes__[0]  # Where it was raised.
     assert not multiprocessing.active_children()
 
 
@@ -100,7 +101,7 @@ def test_nothing_follows_an_error():
     next(loader)
 
 
-def no_poses(record):
+def scale_poses(record):
   return {**record, "camera_to_world": record["camera_to_world"] * 2}
 
 
@@ -114,7 +115,10 @@ def other_size(position, record):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    (lambda x: x.map(no_poses), r"sample 0 \(dataset 0, record \d\), view 0"),
+    (
+      lambda x: x.map(scale_poses),
+      r"sample 0 \(dataset 0, record \d\), view 0",
+    ),
     (lambda x: x.map_with_index(other_size), "sample 5: .* sample 4 in the"),
     (lambda x: x.filter(lambda _: False), "sample 0 was filtered out"),
   ],

@@ -151,9 +151,8 @@ def test_what_a_source_raises_names_dataset_and_record():
   source = TinySource("torn", 1, [0], KeyError("depth"))
   with pytest.raises(
     InputError, match=r"dataset 'torn', record 0: KeyError: 'depth'"
-  ) as caught:
+  ):
     make_mixture(parts=[(source, 4)])[0]
-  assert "in sequence" in caught.value.__notes__[0]  # Where it was raised.
 
 
 def broken_record(key, change):

@@ -1,0 +1,1 @@
+"""Made-up scenes with exact geometry, rendered by JAX."""

@@ -20,13 +20,13 @@ from jax import lax
 
 from point3r_jax.data.synthetic.draws import Draws
 from point3r_jax.data.synthetic.scene import Scene, solids_at
-from point3r_jax.data.synthetic.shapes import (cast, clearance, rotate, yaw_rotation)
+from point3r_jax.data.synthetic.shapes import cast, clearance, rotate
 
 # Cameras keep this far from everything, in metres. The scene's empty cell is
 # larger than this, small paths and shake together.
 MIN_CLEARANCE = 0.2
 
-_PROPOSALS = 20
+_PROPOSALS = 40
 _HOME_PROPOSALS = 4
 _HOME_REACH = 0.1  # Metres.
 _SHAKE = 0.05  # Metres and radians, at most.
@@ -37,7 +37,7 @@ _EXACT = lax.Precision.HIGHEST
 
 
 @flax.struct.dataclass
-class Aim:
+class _Aim:
   """Where T cameras are and look.
 
   Attributes:
@@ -51,11 +51,11 @@ class Aim:
   pitch: jax.Array
 
 
-def _look_at(position: jax.Array, target: jax.Array) -> Aim:
+def _look_at(position: jax.Array, target: jax.Array) -> _Aim:
   """Aims cameras (T, 3) at a target (3,), at most 50 degrees up or down."""
   x, y, z = jnp.moveaxis(target - position, -1, 0)
   pitch = jnp.arctan2(-y, jnp.hypot(x, z))
-  return Aim(position, jnp.arctan2(x, z), jnp.clip(pitch, -0.87, 0.87))
+  return _Aim(position, jnp.arctan2(x, z), jnp.clip(pitch, -0.87, 0.87))
 
 
 def _polar(center: jax.Array, angle: jax.Array, radius: jax.Array) -> jax.Array:
@@ -70,7 +70,7 @@ def _capped(step: jax.Array, views: int, cap) -> jax.Array:
   return jnp.minimum(step * max(views - 1, 1), cap)
 
 
-def _walk(draws: Draws, start, size, along) -> Aim:
+def _walk(draws: Draws, start, size, along) -> _Aim:
   """Goes ahead, in a curve, and looks ahead or to a side."""
   views = along.shape[0]
   length = _capped(draws.uniform(0.08, 0.5), views, 0.9 * size)
@@ -82,7 +82,7 @@ def _walk(draws: Draws, start, size, along) -> Aim:
   position = start + jnp.cumsum(steps, axis=0) - steps.sum(0) / 2
   aside = draws.uniform(-0.8, 0.8)
   pitch = draws.uniform(-0.35, 0.1)
-  return Aim(position, yaw + aside, jnp.full(views, pitch))
+  return _Aim(position, yaw + aside, jnp.full(views, pitch))
 
 
 def _target(draws: Draws, start: jax.Array) -> jax.Array:
@@ -97,7 +97,7 @@ def _at_height(points: jax.Array, start: jax.Array) -> jax.Array:
   return points.at[:, 1].set(start[1])
 
 
-def _orbit(draws: Draws, start, size, along) -> Aim:
+def _orbit(draws: Draws, start, size, along) -> _Aim:
   """Goes around a place and looks at it."""
   views = along.shape[0]
   target = _target(draws, start)
@@ -107,7 +107,7 @@ def _orbit(draws: Draws, start, size, along) -> Aim:
   return _look_at(_at_height(_polar(target, angle, radius), start), target)
 
 
-def _handheld(draws: Draws, start, size, along) -> Aim:
+def _handheld(draws: Draws, start, size, along) -> _Aim:
   """Stands and looks around; the shake is added to all paths later."""
   del size
   views = along.shape[0]
@@ -115,10 +115,10 @@ def _handheld(draws: Draws, start, size, along) -> Aim:
   yaw = draws.uniform(0, 2 * jnp.pi) + pan * along
   drift = draws.uniform(-0.2, 0.2, (3,)) * along[:, None]
   pitch = draws.uniform(-0.4, 0.15)
-  return Aim(start + drift, yaw, jnp.full(views, pitch))
+  return _Aim(start + drift, yaw, jnp.full(views, pitch))
 
 
-def _revisit(draws: Draws, start, size, along) -> Aim:
+def _revisit(draws: Draws, start, size, along) -> _Aim:
   """Goes once around a loop: the last view is near the first."""
   views = along.shape[0]
   radius = _capped(draws.uniform(0.03, 0.15), views, 0.3 * size)
@@ -127,10 +127,10 @@ def _revisit(draws: Draws, start, size, along) -> Aim:
   position = _polar(start, angle, jnp.full(views, radius))
   yaw = draws.uniform(0, 2 * jnp.pi) + draws.uniform(0.1, 0.5) * jnp.sin(phase)
   pitch = draws.uniform(-0.35, 0.1)
-  return Aim(position, yaw, jnp.full(views, pitch))
+  return _Aim(position, yaw, jnp.full(views, pitch))
 
 
-def _unordered(draws: Draws, start, size, along) -> Aim:
+def _unordered(draws: Draws, start, size, along) -> _Aim:
   """Looks at one place from anywhere on one side of it, in no order."""
   views = along.shape[0]
   target = _target(draws, start)
@@ -151,28 +151,30 @@ _PROPOSERS = {
 PATHS = tuple(_PROPOSERS)
 
 
-def _shrink(aim: Aim, home: jax.Array) -> Aim:
+def _shrink(aim: _Aim, home: jax.Array) -> _Aim:
   """Makes a path a small one that begins at a place (3,)."""
   offset = aim.position - aim.position[0]
   longest = jnp.linalg.norm(offset, axis=-1).max()
   offset = offset * (_HOME_REACH / jnp.maximum(longest, _HOME_REACH))
   turn = aim.yaw - aim.yaw[0]
   turn = jnp.arctan2(jnp.sin(turn), jnp.cos(turn))
-  return Aim(home + offset, aim.yaw[0] + 0.3 * turn, aim.pitch)
+  return _Aim(home + offset, aim.yaw[0] + 0.3 * turn, aim.pitch)
 
 
-def _pose(aim: Aim, roll: jax.Array) -> jax.Array:
+def _pose(aim: _Aim, roll: jax.Array) -> jax.Array:
   """Returns the (T, 4, 4) poses of T cameras; roll (T,) is in radians."""
   zero, one = jnp.zeros_like(roll), jnp.ones_like(roll)
 
   def matrix(*rows):
     return jnp.stack([jnp.stack(row, axis=-1) for row in rows], axis=-2)
 
+  c, s = jnp.cos(aim.yaw), jnp.sin(aim.yaw)
+  turn = matrix([c, zero, s], [zero, one, zero], [-s, zero, c])
   c, s = jnp.cos(aim.pitch), jnp.sin(aim.pitch)
   tilt = matrix([one, zero, zero], [zero, c, -s], [zero, s, c])
   c, s = jnp.cos(roll), jnp.sin(roll)
   lean = matrix([c, -s, zero], [s, c, zero], [zero, zero, one])
-  rotation = jnp.matmul(yaw_rotation(aim.yaw), tilt, precision=_EXACT)
+  rotation = jnp.matmul(turn, tilt, precision=_EXACT)
   rotation = jnp.matmul(rotation, lean, precision=_EXACT)
   top = jnp.concatenate([rotation, aim.position[..., None]], axis=-1)
   bottom = jnp.broadcast_to(jnp.array([0.0, 0, 0, 1]), (*roll.shape, 1, 4))
@@ -182,18 +184,33 @@ def _pose(aim: Aim, roll: jax.Array) -> jax.Array:
 def _propose(
   key: jax.Array,
   path: jax.Array,
+  reach: jax.Array,
   at_home: jax.Array,
   scene: Scene,
   views: int,
   paths: tuple[str, ...],
 ) -> jax.Array:
-  """Draws the (T, 4, 4) poses of a path of a kind, an index into `paths`."""
-  draws = Draws(key, 64 + 16 * views)
-  height = draws.uniform(0.9, jnp.minimum(scene.ceiling - 0.4, 1.9))
-  where = draws.uniform(-0.9, 0.9, (2,)) * scene.area
+  """Draws a path.
+
+  Args:
+    key: a random key.
+    path: () int, an index into `paths`.
+    reach: () how far to go, 1 being far for the scene.
+    at_home: () bool, make it a small path around the empty cell.
+    scene: the scene.
+    views: T.
+    paths: kinds of paths.
+
+  Returns:
+    (T, 4, 4) poses.
+  """
+  site = scene.site
+  draws = Draws(key, 40 + 12 * views)
+  height = draws.uniform(0.9, jnp.minimum(site.ceiling - 0.4, 1.9))
+  where = draws.uniform(-0.9, 0.9, (2,)) * site.area
   start = jnp.stack([where[0], -height, where[1]])
-  home = jnp.stack([scene.home[0], -height, scene.home[1]])
-  size = 1.2 * jnp.minimum(scene.area.min(), 5.0)
+  home = jnp.stack([site.home[0], -height, site.home[1]])
+  size = 1.2 * reach * jnp.minimum(site.area.min(), 5.0)
   # From 0 to 1, in uneven steps.
   even = jnp.arange(views) / max(views - 1, 1)
   jitter = draws.uniform(-0.3, 0.3, (views,)) / max(views - 1, 1)
@@ -210,14 +227,14 @@ def _propose(
   shake = draws.uniform() * jnp.where(handheld, _SHAKE, 0.3 * _SHAKE)
   shift = shake * draws.uniform(-1, 1, (views, 3))
   turn = shake * draws.uniform(-1, 1, (3, views))
-  shaken = Aim(aim.position + shift, aim.yaw + turn[0], aim.pitch + turn[1])
+  shaken = _Aim(aim.position + shift, aim.yaw + turn[0], aim.pitch + turn[1])
   return _pose(shaken, draws.uniform(-0.06, 0.06) + turn[2])
 
 
 def _judge(
   scene: Scene, poses: jax.Array, times: jax.Array, tangents: jax.Array
 ) -> jax.Array:
-  """Returns how good a path is, at most 4; the same for all that will do.
+  """Returns how good a path is, at most 5; the same for all that will do.
 
   Args:
     scene: the scene.
@@ -228,17 +245,19 @@ def _judge(
   grid = jnp.meshgrid(*(jnp.linspace(-0.9, 0.9, n) for n in _PROBES[::-1]))
   rays = jnp.stack([*grid, jnp.ones(_PROBES)]).reshape(3, -1)
   rays *= jnp.append(tangents, 1)[:, None]
-  too_far = jnp.where(scene.sky_walls, 20.0, 10.0)
+  too_far = jnp.where(scene.site.open, 20.0, 10.0)
 
   def look(pose, time):
     solids = solids_at(scene, time)
     directions = rotate(pose[:3, :3], rays)
     depth, index = cast(solids, pose[:3, 3], directions)
-    near = (depth > 0.35) & (depth < too_far)
+    near = (depth > 0.6) & (depth < too_far)
+    bounded = jnp.minimum(depth, too_far)
+    relief = jnp.std(bounded) / jnp.mean(bounded)
     free = clearance(solids, pose[:3, 3]).min()
     objects = near & ~solids.hollow[index]
     points = pose[:3, 3, None] + depth * directions
-    return points, near, jnp.mean(objects), free
+    return points, near, jnp.mean(objects), relief, free
 
   def overlap(points, near, pose, time):
     offset = points - pose[:3, 3, None]
@@ -248,18 +267,18 @@ def _judge(
     nearest, _ = cast(solids_at(scene, time), pose[:3, 3], offset)
     return jnp.mean(near & within & (nearest > 0.98))
 
-  points, near, objects, free = jax.vmap(look)(poses, times)
+  points, near, objects, relief, free = jax.vmap(look)(poses, times)
   shared = jax.vmap(overlap)(points[:-1], near[:-1], poses[1:], times[1:])
   free = free.min()
-  shares = jnp.stack(
-    [
-      free / (1.5 * MIN_CLEARANCE),
-      shared.min(initial=1.0) / 0.4,
-      near.mean(-1).min() / 0.6,
-      objects.mean() / 0.25,
-    ]
-  )
-  score = jnp.sum(jnp.minimum(shares, 1))
+  enough = [
+    (free, 1.5 * MIN_CLEARANCE),
+    (shared.min(initial=1.0), 0.4),
+    (near.mean(-1).min(), 0.7),
+    (objects.mean(), 0.2),
+    (relief.mean(), 0.3),
+  ]
+  # What is just enough is so however the numbers have been rounded.
+  score = sum(jnp.minimum(got / want + 1e-4, 1) for got, want in enough)
   return jnp.where(free < MIN_CLEARANCE, -1.0, score)
 
 
@@ -280,34 +299,36 @@ def sample_path(
   key: jax.Array,
   scene: Scene,
   intrinsics: jax.Array,
+  times: jax.Array,
   *,
-  views: int,
   image_size: tuple[int, int],
   paths: tuple[str, ...],
-) -> tuple[jax.Array, jax.Array]:
+) -> jax.Array:
   """Draws a camera path through a scene.
 
   Args:
     key: a random key.
     scene: where to go.
     intrinsics: (3, 3), pixels.
-    views: T.
+    times: (T,) seconds, of the views.
     image_size: (H, W).
     paths: the kinds to draw from, of PATHS.
 
   Returns:
-    (T, 4, 4) camera-to-world and (T,) seconds. Every camera is at least
-    MIN_CLEARANCE from everything.
+    (T, 4, 4) camera-to-world. Every camera is at least MIN_CLEARANCE from
+    everything.
   """
   height, width = image_size
-  draws = Draws(jax.random.fold_in(key, 0), 2)
-  path = draws.integer(len(paths))
-  times = draws.uniform(0.1, 0.6) * jnp.arange(views)
-  keys = jax.random.split(jax.random.fold_in(key, 1), _PROPOSALS)
+  views = times.shape[0]
+  kind_key, key = jax.random.split(key)
+  path = jax.random.randint(kind_key, (), 0, len(paths))
+  keys = jax.random.split(key, _PROPOSALS)
+  reach = np.linspace(1.0, 0.3, _PROPOSALS, dtype=np.float32)
   at_home = np.arange(_PROPOSALS) >= _PROPOSALS - _HOME_PROPOSALS
   tangents = jnp.array([width / 2, height / 2]) / intrinsics[0, 0]
   poses = jax.vmap(
-    lambda k, h: _propose(k, path, h, scene, views, paths)
-  )(keys, at_home)
+    lambda *proposal: _propose(*proposal, scene, views, paths),
+    in_axes=(0, None, 0, 0),
+  )(keys, path, reach, at_home)
   scores = jax.vmap(lambda p: _judge(scene, p, times, tangents))(poses)
-  return poses[jnp.argmax(scores)], times
+  return poses[jnp.argmax(scores)]

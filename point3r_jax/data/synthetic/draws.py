@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Draws:
@@ -28,9 +29,9 @@ class Draws:
     numbers = self._block[start : self._used].reshape(shape)
     return low + (high - low) * numbers
 
-  def log_uniform(self, low, high, shape: tuple[int, ...] = ()):
+  def log_uniform(self, low: float, high: float, shape: tuple[int, ...] = ()):
     """Returns numbers in [low, high) whose logarithms are uniform."""
-    return jnp.exp(self.uniform(jnp.log(low), jnp.log(high), shape))
+    return jnp.exp(self.uniform(np.log(low), np.log(high), shape))
 
   def chance(self, probability, shape: tuple[int, ...] = ()):
     """Returns booleans, true with the given probability."""

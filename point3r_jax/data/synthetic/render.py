@@ -7,12 +7,14 @@ row); vectors of rays are (3, R).
 from __future__ import annotations
 
 import dataclasses
-import functools
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from point3r_jax.data.errors import InputError
 from point3r_jax.data.synthetic import cameras, textures
 from point3r_jax.data.synthetic.scene import (
   Lights,
@@ -20,7 +22,15 @@ from point3r_jax.data.synthetic.scene import (
   sample_scene,
   solids_at,
 )
-from point3r_jax.data.synthetic.shapes import (Solids, cast, dot, occluded, rotate, surface)
+from point3r_jax.data.synthetic.shapes import (
+  Solids,
+  cast,
+  dot,
+  occluded,
+  rotate,
+  surface,
+  take,
+)
 
 _SHADOW_MARGIN = 2e-3  # Metres.
 
@@ -43,15 +53,15 @@ class Options:
     """Checks the values.
 
     Raises:
-      ValueError: if one does not suit.
+      InputError: if one does not suit.
     """
     for name in ("indoor", "moving"):
       share = getattr(self, name)
       if not 0 <= share <= 1:
-        raise ValueError(f"{name} is {share}, but a share is from 0 to 1")
+        raise InputError(f"{name} is {share}, but a share is from 0 to 1")
     unknown = [path for path in self.paths if path not in cameras.PATHS]
     if unknown or not self.paths:
-      raise ValueError(
+      raise InputError(
         f"paths are {self.paths}; give one or more of {cameras.PATHS}"
       )
 
@@ -76,15 +86,23 @@ def _light(
   return total
 
 
-def _sky(scene: Scene, directions: jax.Array) -> jax.Array:
-  """Returns the (3, R) colours of the sky in (3, R) unit directions."""
+def _sky_point(scene: Scene, directions: jax.Array) -> jax.Array:
+  """Returns where clouds are looked up: on a plane above, other in each scene.
+
+  Args:
+    scene: the scene.
+    directions: (3, R), unit length.
+  """
+  x, z = 1.3 * directions[::2] / (jnp.maximum(-directions[1], 0) + 0.15)
+  return jnp.stack([x, jnp.full_like(x, 99 * scene.site.area[0]), z])
+
+
+def _sky(scene: Scene, directions: jax.Array, cloud: jax.Array) -> jax.Array:
+  """Returns the (3, R) colours of the sky, `cloud` being noise."""
   height = jnp.clip(-directions[1], 0, 1)
   horizon, overhead, clouds = scene.sky[..., None]
   colour = horizon + (overhead - horizon) * jnp.sqrt(height)
-  plane = directions[::2] / (height + 0.15)
-  point = jnp.stack([*plane, jnp.full_like(height, scene.area[0])])
-  cover = textures.noise(1.3 * point, jnp.zeros_like(height))
-  cover = jnp.clip(4 * cover - 2.1, 0, 1) * jnp.clip(5 * height, 0, 1)
+  cover = jnp.clip(4 * cloud - 2.1, 0, 1) * jnp.clip(5 * height, 0, 1)
   return colour + (clouds - colour) * cover
 
 
@@ -109,7 +127,7 @@ def _render_view(
   """
   height, width = image_size
   solids = solids_at(scene, time)
-  v, u = jnp.divmod(jnp.arange(height * width), width)
+  v, u = np.divmod(np.arange(height * width), width)
   x = (u - intrinsics[0, 2]) / intrinsics[0, 0]
   y = (v - intrinsics[1, 2]) / intrinsics[1, 1]
   rays = jnp.stack([x, y, jnp.ones_like(x)])
@@ -124,22 +142,69 @@ def _render_view(
   last = index == count - 1
   floor, ceiling = last & (met.normal[1] < -0.5), last & (met.normal[1] > 0.5)
   walls = last & ~floor & ~ceiling
-  sky = (walls & scene.sky_walls) | (ceiling & scene.sky_ceiling)
+  sky = (walls & scene.site.open) | (ceiling & scene.site.roofless)
   material = index + jnp.where(floor, 1, jnp.where(ceiling, 2, 0))
 
   length = jnp.sqrt(dot(directions, directions))
   unit = directions / length
   cosine = jnp.abs(dot(unit, met.normal))
-  footprint = depth / intrinsics[0, 0] / jnp.maximum(cosine, 0.1)
-  colour = textures.albedo(
-    scene.materials, material, met.point, met.uv, footprint
-  )
+  # The mean of along and across; along alone would blur floors too early.
+  footprint = depth / intrinsics[0, 0] / jnp.sqrt(jnp.maximum(cosine, 0.05))
+  looks = take(scene.materials, material)
+  # Noise is the dearest part of a texture: surfaces and clouds share it.
+  place = textures.noise_point(looks, met.point)
+  place = jnp.where(sky, _sky_point(scene, unit), place)
+  blur = jnp.where(sky, 0, 1.5 * footprint / looks.period)
+  cloud = textures.noise(place, blur)
+  colour = textures.albedo(looks, met.uv, footprint, cloud)
   colour = colour * _light(scene.lights, solids, points, met.normal)
-  colour = jnp.where(sky, _sky(scene, unit), colour)
+  colour = jnp.where(sky, _sky(scene, unit, cloud), colour)
   colour = 255 * jnp.clip(colour, 0, 1) ** (1 / 2.2)
-  image = jnp.round(colour).astype(jnp.uint8)
+  image = (colour + 0.5).astype(jnp.uint8)
   depth = jnp.where(sky, -1.0, depth)
   return image.T.reshape(height, width, 3), depth.reshape(height, width)
+
+
+@flax.struct.dataclass
+class Sequence:
+  """What is rendered: T views of a scene.
+
+  Attributes:
+    scene: the scene.
+    intrinsics: (3, 3), pixels, of all views.
+    poses: (T, 4, 4), camera-to-world, OpenCV axes, metres.
+    times: (T,) seconds.
+  """
+
+  scene: Scene
+  intrinsics: jax.Array
+  poses: jax.Array
+  times: jax.Array
+
+
+def sample_sequence(
+  key: jax.Array,
+  camera_key: jax.Array,
+  *,
+  views: int,
+  image_size: tuple[int, int],
+  options: Options = Options(),
+) -> Sequence:
+  """Makes up a scene and a camera path; see `render_sequence`."""
+  scene = sample_scene(key, indoor=options.indoor, moving=options.moving)
+  lens_key, time_key, path_key = jax.random.split(camera_key, 3)
+  intrinsics = cameras.sample_intrinsics(lens_key, image_size)
+  interval = jax.random.uniform(time_key, minval=0.1, maxval=0.6)
+  times = interval * jnp.arange(views)
+  poses = cameras.sample_path(
+    path_key,
+    scene,
+    intrinsics,
+    times,
+    image_size=image_size,
+    paths=options.paths,
+  )
+  return Sequence(scene, intrinsics, poses, times)
 
 
 def render_sequence(
@@ -167,19 +232,13 @@ def render_sequence(
     the sky; intrinsics (T, 3, 3) float32, pixels; camera_to_world (T, 4, 4)
     float32, OpenCV axes; is_metric () bool, True.
   """
-  scene = sample_scene(key, indoor=options.indoor, moving=options.moving)
-  lens_key, path_key = jax.random.split(camera_key)
-  intrinsics = cameras.sample_intrinsics(lens_key, image_size)
-  poses, times = cameras.sample_path(
-    path_key,
-    scene,
-    intrinsics,
-    views=views,
-    image_size=image_size,
-    paths=options.paths,
+  sequence = sample_sequence(
+    key, camera_key, views=views, image_size=image_size, options=options
   )
+  intrinsics, poses = sequence.intrinsics, sequence.poses
   image, depth = lax.map(
-    lambda x: _render_view(scene, *x, intrinsics, image_size), (poses, times)
+    lambda x: _render_view(sequence.scene, *x, intrinsics, image_size),
+    (poses, sequence.times),
   )
   return {
     "image": image,
@@ -188,8 +247,3 @@ def render_sequence(
     "camera_to_world": poses,
     "is_metric": jnp.array(True),
   }
-
-
-jitted_render_sequence = functools.partial(
-  jax.jit, static_argnames=("views", "image_size", "options")
-)(render_sequence)

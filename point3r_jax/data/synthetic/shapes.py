@@ -13,11 +13,11 @@ from __future__ import annotations
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-BOX = (0.0, 0.0, 0.0)
-CYLINDER = (1.0, 0.0, 1.0)
-ELLIPSOID = (1.0, 1.0, 1.0)
+BOX, CYLINDER, ELLIPSOID = range(3)
+KINDS = np.array([(0, 0, 0), (1, 0, 1), (1, 1, 1)], np.float32)
 
 # Matrix units may round float32 operands to 10 mantissa bits.
 _EXACT = lax.Precision.HIGHEST
@@ -32,7 +32,7 @@ class Solids:
     center: (P, 3).
     rotation: (P, 3, 3), from the solid's own axes to the world's.
     half: (P, 3), half extents along the own axes, positive.
-    round: (P, 3), w above: BOX, CYLINDER or ELLIPSOID.
+    round: (P, 3), w above: a row of KINDS.
     hollow: (P,) bool, seen from inside: rays meet its far side.
     active: (P,) bool; nothing meets the others.
   """
@@ -74,12 +74,11 @@ def rotate(matrix: jax.Array, vectors: jax.Array) -> jax.Array:
   return jnp.stack([dot(row, vectors) for row in matrix])
 
 
-def yaw_rotation(yaw: jax.Array) -> jax.Array:
-  """Returns (..., 3, 3) rotations about y that take z to (sin, 0, cos) yaw."""
-  c, s = jnp.cos(yaw), jnp.sin(yaw)
-  zero, one = jnp.zeros_like(c), jnp.ones_like(c)
-  rows = [[c, zero, s], [zero, one, zero], [-s, zero, c]]
-  return jnp.stack([jnp.stack(row, axis=-1) for row in rows], axis=-2)
+def take(rows, index: jax.Array):
+  """Looks up rows of a pytree of (P, ...) arrays; returns (..., R) arrays."""
+  return jax.tree.map(
+    lambda x: jnp.moveaxis(jnp.take(x, index, axis=0, mode="clip"), 0, -1), rows
+  )
 
 
 def intersect(
@@ -108,11 +107,11 @@ def intersect(
     near = jnp.maximum(near, middle - width)
     far = jnp.minimum(far, middle + width)
   # Where w is zero the roots move out to ±1e6, which constrains nothing.
-  w, d = solid.round, jnp.stack(d)
-  square = dot(w, d * d) + _TINY
+  w = solid.round
+  square = dot(w, [x * x for x in d]) + _TINY
   middle = -dot(w * o, d) / square
   # The closest approach to the axis: b² - ac would cancel for distant solids.
-  closest = dot(w, (o[:, None] + middle * d) ** 2)
+  closest = dot(w, [(o[i] + middle * d[i]) ** 2 for i in range(3)])
   width = jnp.sqrt(jnp.maximum(1 - closest, 0) / square)
   near = jnp.maximum(near, middle - width)
   far = jnp.minimum(far, middle + width)
@@ -146,7 +145,10 @@ def cast(
       jnp.where(closer, number, index),
     ), None
 
-  start = (jnp.full_like(directions[0], jnp.inf), jnp.zeros(directions.shape[1], jnp.int32))
+  start = (
+    jnp.full_like(directions[0], jnp.inf),
+    jnp.zeros(directions.shape[1], jnp.int32),
+  )
   numbers = jnp.arange(solids.active.shape[0], dtype=jnp.int32)
   return lax.scan(body, start, (numbers, solids))[0]
 
@@ -176,9 +178,7 @@ def occluded(
   return lax.scan(body, start, solids)[0] < limit
 
 
-def surface(
-  solids: Solids, index: jax.Array, points: jax.Array
-) -> Surface:
+def surface(solids: Solids, index: jax.Array, points: jax.Array) -> Surface:
   """Describes the surfaces at points on solids.
 
   Args:
@@ -186,7 +186,7 @@ def surface(
     index: (R,) int32, the solid that a point is on.
     points: (3, R) in the world frame.
   """
-  met = jax.tree.map(lambda x: jnp.moveaxis(x[index], 0, -1), solids)
+  met = take(solids, index)
   offset = points - met.center
   point = rotate(jnp.swapaxes(met.rotation, 0, 1), offset)
   p, w = point / met.half, met.round
@@ -234,7 +234,9 @@ def clearance(solids: Solids, point: jax.Array) -> jax.Array:
   radius = jnp.linalg.norm(
     jnp.sqrt(solids.round) * local / solids.half, axis=-1
   )
-  inside = (1 - radius) * solids.half.min(axis=-1, where=solids.round > 0, initial=jnp.inf)
+  inside = (1 - radius) * solids.half.min(
+    axis=-1, where=solids.round > 0, initial=jnp.inf
+  )
   hollow = jnp.minimum(-beyond.max(axis=-1), inside)
   distance = jnp.where(solids.hollow, hollow, solid)
   return jnp.where(solids.active, distance, jnp.inf)

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 PLAIN, MARBLE, CHECKER, STRIPES, WOOD, TILES, DOTS = range(7)
 KINDS = 7
 
-_OCTAVES = 3
-_GAIN = 0.6  # Amplitude of an octave over that of the one before,
-_LACUNARITY = 2.2  # and its frequency.
+_OCTAVES = 4
+_GAIN = 0.7  # Amplitude of an octave over that of the one before,
+_LACUNARITY = 2.3  # and its frequency.
+_FACTORS = (0x8DA6B343, 0xD8163841, 0xCB1AB31F)  # Odd, of random bits.
 
 
 @flax.struct.dataclass
@@ -44,13 +45,14 @@ class Materials:
   grain: jax.Array
 
 
+def _spread(x: jax.Array, factor: int) -> jax.Array:
+  """Turns whole numbers into uint32 that differ in all bits."""
+  return x.astype(jnp.int32).astype(jnp.uint32) * jnp.uint32(factor)
+
+
 def _hash(x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
-  """Maps integers to numbers in [0, 1) that look random."""
-  mixed = [
-    v.astype(jnp.int32).astype(jnp.uint32) * jnp.uint32(factor)
-    for v, factor in ((x, 0x8DA6B343), (y, 0xD8163841), (z, 0xCB1AB31F))
-  ]
-  n = mixed[0] ^ mixed[1] ^ mixed[2]
+  """Mixes spread numbers to one in [0, 1) that looks random."""
+  n = x ^ y ^ z.astype(jnp.uint32)
   n = (n ^ (n >> 13)) * jnp.uint32(0x5BD1E995)
   n = (n ^ (n >> 15)) * jnp.uint32(0x27D4EB2D)
   return (n >> 8).astype(jnp.float32) * 2.0**-24
@@ -60,17 +62,23 @@ def _value_noise(point: jax.Array) -> jax.Array:
   """Smooth noise in [0, 1] with one random value a unit; (3, ...) -> (...)."""
   cell = jnp.floor(point)
   f = point - cell
-  f = f * f * (3 - 2 * f)
+  fx, fy, fz = f * f * (3 - 2 * f)
+  x, y, z = (_spread(cell[i], factor) for i, factor in enumerate(_FACTORS))
+  x1, y1, z1 = (
+    v + jnp.uint32(factor)
+    for v, factor in zip((x, y, z), _FACTORS, strict=True)
+  )
 
-  def mix(corner, axis):
-    if axis < 0:
-      return _hash(*corner)
-    low, high = list(corner), list(corner)
-    high[axis] = high[axis] + 1
-    a, b = mix(low, axis - 1), mix(high, axis - 1)
-    return a + (b - a) * f[axis]
+  def along_x(y, z):
+    low, high = _hash(x, y, z), _hash(x1, y, z)
+    return low + (high - low) * fx
 
-  return mix(list(cell), 2)
+  def along_xy(z):
+    low, high = along_x(y, z), along_x(y1, z)
+    return low + (high - low) * fy
+
+  low, high = along_xy(z), along_xy(z1)
+  return low + (high - low) * fz
 
 
 def noise(point: jax.Array, footprint: jax.Array) -> jax.Array:
@@ -88,17 +96,20 @@ def noise(point: jax.Array, footprint: jax.Array) -> jax.Array:
   # Octaves are moved apart: their lattices would meet at the origin.
   values = _value_noise(point[:, None] * frequency + 17.3 * octave) - 0.5
   seen = jnp.clip(1.5 - 1.5 * footprint * frequency, 0, 1)
-  values = _GAIN**octave * seen * values
-  return 0.5 + sum(values) / sum(_GAIN**k for k in range(_OCTAVES))
+  total = sum(_GAIN**k for k in range(_OCTAVES))
+  return 0.5 + jnp.sum(_GAIN**octave * seen * values, axis=0) / total
+
+
+def _fade(pattern: jax.Array, footprint: jax.Array, mean) -> jax.Array:
+  """Fades a pattern of period 1 to its mean before it would alias."""
+  return pattern + (mean - pattern) * jnp.clip(2 * footprint - 0.5, 0, 1)
 
 
 def _wave(x: jax.Array, footprint: jax.Array, duty=0.5) -> jax.Array:
   """A square wave of period 1, blurred over a pixel; `duty` of it is 1."""
   distance = jnp.abs(x - jnp.floor(x) - 0.5)  # From the middle of the ones.
-  blur = jnp.maximum(footprint, 1e-4)
-  edge = jnp.clip(0.5 + (duty / 2 - distance) / blur, 0, 1)
-  coarse = jnp.clip(2 * footprint - 0.5, 0, 1)
-  return edge + (duty - edge) * coarse
+  edge = jnp.clip(0.5 + (duty / 2 - distance) / footprint, 0, 1)
+  return _fade(edge, footprint, duty)
 
 
 def _pattern(
@@ -107,62 +118,66 @@ def _pattern(
   """Returns (R,) patterns; lengths are periods, `cloud` is noise."""
   u, v = uv
   across, along = _wave(u, footprint), _wave(v, footprint)
-  # Tiles are laid in courses, every other one moved by half a tile.
-  course = jnp.floor(2 * v)
-  moved = u + 0.5 * (course % 2)
-  joint = _wave(moved + 0.5, footprint, 0.94) * _wave(
-    2 * v + 0.5, 2 * footprint, 0.9
+  # Tiles are laid in courses, every other one moved by half a tile; planks of
+  # wood lie side by side. Each has its own tone, and dark joints.
+  wood = kind == WOOD
+  course = jnp.where(wood, 0, jnp.floor(2 * v))
+  moved = jnp.where(wood, u, u + 0.5 * (course - 2 * jnp.floor(v)))
+  tone = _hash(
+    _spread(jnp.floor(moved), _FACTORS[0]), _spread(course, _FACTORS[1]), kind
   )
-  tile = _hash(jnp.floor(moved), course, kind)
-  # Planks: rings that noise bends, each plank its own, with a dark gap.
-  plank = jnp.floor(u)
-  rings = _wave(
-    5 * u + 4 * cloud + 9 * _hash(plank, plank, kind), 5 * footprint
-  )
-  gap = _wave(u + 0.5, footprint, 0.96)
+  tone = _fade(tone, footprint, 0.5)
+  joints = _wave(moved + 0.5, footprint, 0.95)
+  courses = _wave(2 * v + 0.5, 2 * footprint, 0.9)
+  rings = _wave(6 * u + 6 * cloud, 6 * footprint)
   du, dv = u - jnp.floor(u) - 0.5, v - jnp.floor(v) - 0.5
   inside = 0.3 - jnp.sqrt(du * du + dv * dv)
-  dot = jnp.clip(0.5 + inside / jnp.maximum(footprint, 1e-4), 0, 1)
-  coarse = jnp.clip(2 * footprint - 0.5, 0, 1)
   patterns = {
-    PLAIN: cloud,
-    MARBLE: jnp.clip(3 * cloud - 1, 0, 1),
+    PLAIN: 1.5 * cloud - 0.25,
+    MARBLE: jnp.clip(5 * cloud - 2, 0, 1),
     CHECKER: across + along - 2 * across * along,
     STRIPES: across,
-    WOOD: gap * (0.35 + 0.5 * cloud + 0.3 * rings - 0.15),
-    TILES: joint * (0.45 + 0.5 * tile),
-    DOTS: dot + (0.28 - dot) * coarse,
+    WOOD: joints * (0.2 * rings + 0.4 * cloud + 0.4 * tone),
+    TILES: joints * courses * (0.45 + 0.5 * tone),
+    DOTS: _fade(jnp.clip(0.5 + inside / footprint, 0, 1), footprint, 0.28),
   }
-  return jnp.select(
-    [kind == k for k in patterns], list(patterns.values()), 0.0
-  )
+  result = patterns.pop(PLAIN)
+  for number, pattern in patterns.items():
+    result = jnp.where(kind == number, pattern, result)
+  return result
+
+
+def noise_point(materials: Materials, point: jax.Array) -> jax.Array:
+  """Returns where the noise of materials is looked up.
+
+  It is left to the caller, who may want noise for something else as well.
+
+  Args:
+    materials: (R,) of them, as `take` gives them.
+    point: (3, R) metres, in a frame that moves with the surface.
+  """
+  return 1.5 * point / materials.period + 31 * materials.shift
 
 
 def albedo(
-  materials: Materials,
-  index: jax.Array,
-  point: jax.Array,
-  uv: jax.Array,
-  footprint: jax.Array,
+  materials: Materials, uv: jax.Array, footprint: jax.Array, cloud: jax.Array
 ) -> jax.Array:
   """Returns the colours of points on surfaces.
 
   Args:
-    materials: M of them.
-    index: (R,) int32, the material of a point.
-    point: (3, R) metres, in a frame that moves with the surface.
+    materials: (R,) of them, as `take` gives them.
     uv: (2, R) metres along the surface.
     footprint: (R,) metres, the size of a pixel on the surface.
+    cloud: (R,) noise at `noise_point`.
 
   Returns:
     (3, R) linear colours in [0, 1].
   """
-  m = jax.tree.map(lambda x: jnp.moveaxis(x[index], 0, -1), materials)
-  footprint = footprint / m.period
-  cloud = noise(1.5 * point / m.period + 31 * m.shift, 1.5 * footprint)
+  m = materials
   c, s = jnp.cos(m.angle), jnp.sin(m.angle)
   u, v = uv / m.period
-  uv = jnp.stack([c * u - s * v, s * u + c * v]) + m.shift[:2]
-  pattern = jnp.clip(_pattern(m.kind, uv, cloud, footprint), 0, 1)
+  u, v = c * u - s * v + m.shift[0], s * u + c * v + m.shift[1]
+  footprint = jnp.maximum(footprint / m.period, 1e-4)
+  pattern = jnp.clip(_pattern(m.kind, (u, v), cloud, footprint), 0, 1)
   colour = m.first + (m.second - m.first) * pattern
   return jnp.clip(colour * (1 + 2 * m.grain * (cloud - 0.5)), 0, 1)
