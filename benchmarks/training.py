@@ -1,225 +1,152 @@
-"""Times training steps of the full-size model on random data.
+"""Times training steps of the published stages on random data.
 
-  python benchmarks/training.py --case stage1
-  python benchmarks/training.py --case stage1 stage2 stage3 --precision mixed
+  python -m benchmarks.training --case stage1 stage2 stage3
+  python -m benchmarks.training --case stage1 --fsdp 2 --profile
 
 Prints a line of JSON for each case: median milliseconds a step, frames a
-second, arithmetic a step and the share of the device's peak that it makes, peak
-memory. Arithmetic is that of the forward and backward pass, without what is
-computed again, at the memory's static size.
+second, arithmetic and the share of the device's peak that it makes, peak
+memory. Arithmetic is that of the loss and its gradient at the memory's static
+sizes, without what is computed again. `--case tiny` runs on a CPU in minutes.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import functools
 import json
 import statistics
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
-from benchmarks.profile_report import report
-from point3r_jax.config import preset
-from point3r_jax.losses import LossOptions
-from point3r_jax.params import param_shapes
-from point3r_jax.streaming import StepOptions
-from point3r_jax.training.flops import count_flops
-from point3r_jax.training.optimizer import (
-  OptimizerOptions,
-  make_optimizer,
-  merge,
-  split_frozen,
-)
-from point3r_jax.training.rollout import RolloutOptions
-from point3r_jax.training.sharding import batch_sharding, make_mesh
-from point3r_jax.training.state import StateMaker
-from point3r_jax.training.step import StepConfig, sequence_loss, train_step
+from benchmarks.profiling import profile
+from configs import stage1_224, stage2_512, stage3_long, synthetic_tiny
+from point3r_jax.params import init_params, param_shapes
+from point3r_jax.training.experiment import Experiment, open_experiment
+from point3r_jax.training.plan import step_flops
+from point3r_jax.training.programs import compiler_options, lower_step
+from point3r_jax.training.sharding import batch_sharding
+from point3r_jax.training.step import FLAGS
 
-# Views, batch a device, image size (H, W), fusion, frozen parameters.
+# Config, sequences a device, image size (H, W).
 CASES = {
-  "stage1": (5, 16, (224, 224), False, ()),
-  "stage2": (5, 3, (384, 512), True, ()),
-  "stage3": (8, 1, (384, 512), True, ("encoder/",)),
-  "tiny": (3, 2, (32, 48), True, ()),
+  "stage1": (stage1_224, 16, (224, 224)),
+  "stage2": (stage2_512, 3, (384, 512)),
+  "stage3": (stage3_long, 1, (384, 512)),
+  "tiny": (synthetic_tiny, 2, (32, 48)),
 }
 # Dense bfloat16 operations a second, by the vendor's datasheet.
 PEAKS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12}
 
-
-def random_params(config):
-  """Draws parameters on the device; the values only have to be finite."""
-  shapes = param_shapes(config)
-
-  def draw(path, x):
-    if path[-1].key == "scale":
-      return np.ones(x.shape, np.float32)
-    rng = np.random.default_rng(len(str(path)))
-    size = min(int(np.prod(x.shape)), 1 << 16)
-    noise = np.resize(rng.standard_normal(size, np.float32), x.shape)
-    return noise * np.float32(0.3 / max(np.prod(x.shape[:-1]), 1) ** 0.5)
-
-  return jax.tree_util.tree_map_with_path(draw, shapes)
+_WARMUP = 2
 
 
-def random_batch(views, batch, image_size):
-  """Draws a batch of sequences with random images, depths and near poses."""
+def random_batch(
+  size: int, views: int, image_size: tuple[int, int]
+) -> dict[str, np.ndarray]:
+  """Draws a batch of sequences: noise, depths of metres, cameras close by."""
   rng = np.random.default_rng(0)
   height, width = image_size
-  pose = np.tile(np.eye(4, dtype=np.float32), (batch, views, 1, 1))
-  pose[..., :3, 3] = rng.normal(0, 0.3, (batch, views, 3))
-  focal = np.float32(width)
-  camera = [[focal, 0, width // 2], [0, focal, height // 2], [0, 0, 1]]
-  flag = np.zeros(batch, bool)
+  poses = np.tile(np.eye(4, dtype=np.float32), (size, views, 1, 1))
+  poses[..., :3, 3] = rng.normal(0, 0.3, (size, views, 3))
+  camera = [[width, 0, width / 2], [0, width, height / 2], [0, 0, 1]]
+  depth = rng.uniform(0.5, 5, (size, views, height, width))
   return {
     "image": rng.integers(
-      0, 256, (batch, views, *image_size, 3), dtype=np.uint8
+      0, 256, (size, views, height, width, 3), dtype=np.uint8
     ),
-    "depth": rng.uniform(0.5, 5, (batch, views, *image_size)).astype("f4"),
-    "intrinsics": np.tile(np.float32(camera), (batch, views, 1, 1)),
-    "camera_to_world": pose,
-    "is_metric": np.arange(batch) % 2 == 0,
-    "camera_only": flag,
-    "depth_only": flag,
-    "single_view": flag,
+    "depth": depth.astype(np.float32),
+    "intrinsics": np.tile(np.float32(camera), (size, views, 1, 1)),
+    "camera_to_world": poses,
+    **{flag: np.zeros(size, bool) for flag in FLAGS},
+    "is_metric": np.arange(size) % 2 == 0,
   }
 
 
-def arithmetic(config, params, batch):
-  """Counts a step's forward and backward operations, without remat."""
-  options = dataclasses.replace(
-    config.rollout.step, attention="xla", remat="none"
-  )
-  rollout = dataclasses.replace(
-    config.rollout, step=options, remat_frames=False
-  )
-  config = dataclasses.replace(config, rollout=rollout)
-  trained, frozen = split_frozen(params, config.optimizer.freeze)
-
-  def gradient(trained, frozen, batch):
-    return jax.grad(
-      lambda t: sequence_loss(config, merge(t, frozen), batch)[0]
-    )(trained)
-
-  return count_flops(gradient, trained, frozen, batch)
+def make_config(case: str, flags: argparse.Namespace) -> ConfigDict:
+  """Returns a stage's config with the flags' changes."""
+  module, sequences, image_size = CASES[case]
+  config = module.get_config()
+  config.batch_size = (flags.batch or sequences) * jax.device_count()
+  config.image_sizes = (image_size,)
+  config.mesh.fsdp = flags.fsdp
+  for field in ("precision", "remat", "sizes"):
+    if getattr(flags, field) is not None:
+      config.rollout[field] = getattr(flags, field)
+  return config
 
 
-def compiler_options(flags):
-  """Returns XLA's options by flags."""
-  options = dict(option.split("=") for option in flags.xla)
-  return options or None
-
-
-def measure(case, flags):
-  """Compiles and times one case; returns the line to print."""
-  views, per_device, image_size, fusion, freeze = CASES[case]
-  mesh = make_mesh(-1, flags.fsdp)
-  batch_size = (flags.batch or per_device) * mesh.size
-  if case == "tiny":
-    model = preset("small").replace(scan_layers=True)
-  else:
-    model = preset("point3r_512").replace(scan_layers=not flags.unroll)
-  config = StepConfig(
-    model=model,
-    rollout=RolloutOptions(
-      StepOptions(
-        precision=flags.precision, fusion=fusion, remat=flags.remat
-      ),
-      remat_frames=flags.remat_frames,
-      sizes=flags.sizes,
-    ),
-    loss=LossOptions(per_sample=case != "stage1"),
-    optimizer=OptimizerOptions(freeze=freeze),
-    steps_per_epoch=1000,
-  )
-  optimizer = make_optimizer(config.optimizer, config.steps_per_epoch)
-  params = random_params(model)
-  maker = StateMaker(optimizer, config.optimizer, mesh)
-  batch = random_batch(views, batch_size, image_size)
-  flops = arithmetic(
-    config, jax.eval_shape(lambda: jax.tree.map(jnp.asarray, params)), batch
-  )
-  sharding = batch_sharding(mesh)
-  step = jax.jit(
-    functools.partial(train_step, config, optimizer),
-    in_shardings=(maker.shardings(params), sharding),
-    out_shardings=(maker.shardings(params), None),
-    donate_argnums=0,
-  )
+def measure(experiment: Experiment, flags: argparse.Namespace) -> dict:
+  """Compiles and times the step; returns what to print."""
+  config, mesh = experiment.config, experiment.mesh
+  (image_size,) = config.image_sizes
   started = time.perf_counter()
-  compiled = step.lower(maker.abstract(params), batch).compile(compiler_options(flags))
-  compile_s = time.perf_counter() - started
-  if flags.wait:
-    print("compiled", round(compile_s), flush=True)
-    input()
-  state = maker.init(params)
-  del params
-  batch = jax.device_put(batch, sharding)
+  compiled = lower_step(experiment, (config.views, *image_size)).compile(
+    compiler_options()
+  )
+  compile_seconds = time.perf_counter() - started
+
+  state = experiment.maker.init(init_params(experiment.step.model))
+  batch = random_batch(config.batch_size, config.views, image_size)
+  flops = step_flops(
+    experiment.step, param_shapes(experiment.step.model), batch
+  )
+  batch = jax.device_put(batch, batch_sharding(mesh))
   times, losses = [], []
-  for _ in range(flags.steps + 2):
+  for _ in range(_WARMUP + flags.steps):
     started = time.perf_counter()
     state, metrics = compiled(state, batch)
     losses.append(float(metrics["loss"]))
     times.append(time.perf_counter() - started)
+  times = times[_WARMUP:]
+  seconds = statistics.median(times)
   if flags.profile:
-    holder = [state]
+    print(profile(compiled, state, batch), flush=True)
 
-    def run():
-      holder[0], metrics = compiled(holder[0], batch)
-      jax.block_until_ready(metrics)
-
-    print(report(compiled, run, top=flags.profile))
-  seconds = statistics.median(times[2:])
   device = jax.devices()[0]
+  rate = flops / seconds / mesh.size
   peak = PEAKS.get(device.device_kind)
   memory = device.memory_stats() or {}
-  analysis = compiled.memory_analysis()
   return {
-    "case": case,
     "device": f"{mesh.size} x {device.device_kind}",
     "mesh": dict(mesh.shape),
-    "batch": batch_size,
-    "views": views,
-    "size": image_size,
-    "precision": flags.precision,
-    "remat": flags.remat,
+    "batch": config.batch_size,
+    "views": config.views,
+    "image_size": image_size,
+    **{x: config.rollout[x] for x in ("precision", "remat", "sizes")},
     "ms_per_step": round(1e3 * seconds, 1),
-    "spread_ms": [round(1e3 * t, 1) for t in (min(times[2:]), max(times[2:]))],
-    "frames_per_s": round(batch_size * views / seconds, 1),
+    "ms_min_max": [round(1e3 * t, 1) for t in (min(times), max(times))],
+    "frames_per_s": round(config.batch_size * config.views / seconds, 1),
     "tflop_per_step": round(flops / 1e12, 2),
-    "tflop_per_s": round(flops / seconds / mesh.size / 1e12, 1),
-    "mfu": peak and round(flops / seconds / mesh.size / peak, 3),
+    "tflop_per_s_and_device": round(rate / 1e12, 1),
+    "mfu": peak and round(rate / peak, 3),
     "peak_gib": round(memory.get("peak_bytes_in_use", 0) / 2**30, 1),
-    "temp_gib": round(analysis.temp_size_in_bytes / 2**30, 1),
-    "compile_s": round(compile_s, 1),
-    "loss": losses[0],
-    "loss_last": losses[-1],
+    "compile_s": round(compile_seconds, 1),
+    "losses": [losses[0], losses[-1]],
     "pointers": float(metrics["pointers"]),
-    "skipped": int(metrics["skipped"]),
   }
 
 
-def main():
+def main() -> None:
   """Measures the cases asked for."""
-  parser = argparse.ArgumentParser(description=__doc__)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--case", nargs="+", choices=CASES, default=["tiny"])
-  parser.add_argument("--precision", default="bfloat16")
-  parser.add_argument("--remat", default="elementwise")
-  parser.add_argument("--remat_frames", action="store_true")
-  parser.add_argument("--unroll", action="store_true")
-  parser.add_argument("--sizes", type=int, default=8)
-  parser.add_argument("--batch", type=int, default=0, help="a device")
+  parser.add_argument("--precision", help="default: the stage's")
+  parser.add_argument("--remat", help="default: the stage's")
+  parser.add_argument("--sizes", type=int, help="default: the stage's")
+  parser.add_argument("--batch", type=int, help="sequences a device")
   parser.add_argument("--fsdp", type=int, default=1)
-  parser.add_argument("--xla", nargs="*", default=[], help="NAME=VALUE")
-  parser.add_argument("--wait", action="store_true")
-  parser.add_argument("--profile", type=int, default=0, help="lines")
   parser.add_argument("--steps", type=int, default=20)
+  parser.add_argument(
+    "--profile", action="store_true", help="also say where the time goes (GPU)"
+  )
   flags = parser.parse_args()
   for case in flags.case:
-    print(json.dumps(measure(case, flags)), flush=True)
+    result = measure(open_experiment(make_config(case, flags)), flags)
+    print(json.dumps({"case": case, **result}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,16 @@
 """Checkpoints: a directory with the model's config and Orbax parameters.
 
-`DIR/config.json` holds the config (and where the weights came from),
-`DIR/params/` the parameters, encoder blocks unstacked.
+Whatever reads a checkpoint takes any of these directories:
+
+| directory | `config.json` | parameters |
+| --- | --- | --- |
+| DIR, written by `save_checkpoint` | `DIR` | `DIR/params` |
+| WORKDIR, of a training run | `WORKDIR` | those of the latest step |
+| WORKDIR/checkpoints/STEP | `WORKDIR` | `WORKDIR/checkpoints/STEP/params` |
+
+`config.json` holds the model's config, and where the weights came from. With
+`scan_layers` in the config, layers are stacked on disk; what is loaded never
+is, unless asked for.
 """
 
 from __future__ import annotations
@@ -13,10 +22,15 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.traverse_util
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
+from point3r_jax.array_files import (
+  CheckpointError,
+  array_writer,
+  read_arrays,
+)
 from point3r_jax.config import PRESETS, ModelConfig, preset
 from point3r_jax.params import (
   cast_params,
@@ -24,25 +38,19 @@ from point3r_jax.params import (
   init_params,
   param_shapes,
   stack_layers,
+  unstack_layers,
 )
 from point3r_jax.precision import Precision
 
 _CONFIG = "config.json"
-_PARAMS = "params"
+# Orbax items: in a checkpoint directory the first, in a step all of them.
+PARAMS = "params"
+EMA = "ema"
+META = "meta"
+# The directory of a training run's steps.
+STEPS = "checkpoints"
 # Prefix of names that stand for a preset with random weights.
 UNTRAINED = "untrained:"
-
-
-class CheckpointError(ValueError):
-  """A checkpoint that is missing, incomplete or of another model."""
-
-
-def _checkpointer() -> ocp.Checkpointer:
-  """Returns a reader and writer that holds little besides the parameters."""
-  return ocp.Checkpointer(
-    # Weights hardly compress.
-    ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, use_compression=False)
-  )
 
 
 def list_problems(problems: Mapping[str, Sequence[str]]) -> str:
@@ -86,7 +94,7 @@ def save_checkpoint(
   Args:
     directory: to make.
     config: the model's sizes.
-    params: nested dictionary of arrays, encoder blocks unstacked.
+    params: nested dictionary of arrays, in the config's layout.
     metadata: JSON-friendly facts to keep beside the config, such as the source.
     overwrite: replace an existing checkpoint.
 
@@ -97,9 +105,12 @@ def save_checkpoint(
   directory = pathlib.Path(directory).absolute()
   if directory.exists() and not overwrite:
     raise CheckpointError(f"{directory} exists; choose another or overwrite it")
-  if directory.exists() and not (directory / _CONFIG).is_file():
+  if directory.exists() and (
+    not (directory / _CONFIG).is_file() or (directory / STEPS).exists()
+  ):
     raise CheckpointError(
-      f"{directory} is not a checkpoint, so it is not overwritten"
+      f"{directory} is not a checkpoint of just a model, so it is not "
+      "overwritten"
     )
   part = directory.with_name(f".{directory.name}.part")
   old = directory.with_name(f".{directory.name}.old")
@@ -107,10 +118,9 @@ def save_checkpoint(
     shutil.rmtree(leftover, ignore_errors=True)
   try:
     part.mkdir(parents=True)
-    contents = {"model": config.to_dict(), "metadata": dict(metadata or {})}
-    (part / _CONFIG).write_text(json.dumps(contents, indent=2) + "\n")
-    with _checkpointer() as checkpointer:
-      checkpointer.save(part / _PARAMS, ocp.args.PyTreeSave(params))
+    write_config(part, config, metadata or {})
+    with ocp.Checkpointer(array_writer()) as checkpointer:
+      checkpointer.save(part / PARAMS, ocp.args.PyTreeSave(params))
   except BaseException:
     shutil.rmtree(part, ignore_errors=True)
     raise
@@ -120,14 +130,24 @@ def save_checkpoint(
   shutil.rmtree(old, ignore_errors=True)
 
 
-def load_metadata(directory: str | os.PathLike) -> dict[str, Any]:
-  """Returns what `save_checkpoint` was given as metadata."""
-  return _read_config(pathlib.Path(directory))[1]
+def write_config(
+  directory: pathlib.Path, config: ModelConfig, metadata: Mapping[str, Any]
+) -> None:
+  """Writes `config.json`: complete or not at all."""
+  contents = {"model": config.to_dict(), "metadata": dict(metadata)}
+  part = directory / f".{_CONFIG}.part"
+  part.write_text(json.dumps(contents, indent=2) + "\n")
+  part.replace(directory / _CONFIG)
 
 
-def _read_config(
+def read_config(
   directory: pathlib.Path,
 ) -> tuple[ModelConfig, dict[str, Any]]:
+  """Returns the config and metadata in `config.json`.
+
+  Raises:
+    CheckpointError: if there is none or it is damaged.
+  """
   path = directory / _CONFIG
   if not path.is_file():
     raise CheckpointError(
@@ -141,41 +161,113 @@ def _read_config(
     raise CheckpointError(f"{path} is damaged: {error!r}") from error
 
 
-def _restore(path: pathlib.Path) -> dict:
-  """Reads parameters to host memory."""
-  try:
-    with _checkpointer() as checkpointer:
-      tree = checkpointer.metadata(path).item_metadata.tree
-      as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
-      arguments = jax.tree.map(lambda _: as_numpy, tree)
-      return checkpointer.restore(
-        path, args=ocp.args.PyTreeRestore(restore_args=arguments)
-      )
-  except (ValueError, OSError, AttributeError) as error:
-    raise CheckpointError(
-      f"the parameters in {path} cannot be read; convert or copy the "
-      f"checkpoint again ({error})"
-    ) from error
+def config_differences(
+  there: ModelConfig, here: ModelConfig, ignore: Sequence[str] = ()
+) -> str:
+  """Names the fields in which two configs differ; empty if there are none."""
+  there, here = there.to_dict(), here.to_dict()
+  return ", ".join(
+    f"{name} is {there[name]} there and {here[name]} here"
+    for name in here
+    if name not in ignore and there[name] != here[name]
+  )
 
 
-def load_params_to_host(
-  checkpoint: str | os.PathLike,
-) -> tuple[ModelConfig, dict]:
-  """Loads a checkpoint directory's config and parameters as NumPy arrays.
+def steps_in(workdir: pathlib.Path) -> list[int]:
+  """Returns the complete steps of a training run, in order."""
+  # Orbax gives a step its name when it is complete.
+  names = [path.name for path in (workdir / STEPS).glob("*")]
+  return sorted(int(name) for name in names if name.isdecimal())
+
+
+def read_meta(step: pathlib.Path) -> dict[str, Any]:
+  """Returns what a training run noted down with a step.
 
   Raises:
-    CheckpointError: if there is no such checkpoint or it is not complete.
+    CheckpointError: if it is damaged.
+  """
+  path = step / META / "metadata"
+  try:
+    return json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise CheckpointError(f"{path} is damaged: {error!r}") from error
+
+
+def _locate(
+  checkpoint: str | os.PathLike,
+) -> tuple[pathlib.Path, pathlib.Path]:
+  """Finds the directories that hold a checkpoint's config and its arrays.
+
+  Raises:
+    CheckpointError: if there is no such checkpoint.
   """
   directory = pathlib.Path(checkpoint).absolute()
   if not directory.is_dir():
     raise CheckpointError(
       f"there is no checkpoint {str(checkpoint)!r}: give a directory that "
-      f"convert_torch_weights.py wrote, or {UNTRAINED}PRESET with a preset of "
-      f"{sorted(PRESETS)}"
+      "convert_torch_weights.py or a training run wrote, or "
+      f"{UNTRAINED}PRESET with a preset of {sorted(PRESETS)}"
     )
-  config, _ = _read_config(directory)
-  params = _restore(directory / _PARAMS)
+  has_config = (directory / _CONFIG).is_file()
+  if has_config and (directory / STEPS).is_dir():
+    steps = steps_in(directory)
+    if not steps:
+      raise CheckpointError(
+        f"{directory} is of a training run that has not written a checkpoint"
+      )
+    return directory, directory / STEPS / str(steps[-1])
+  step = directory.parent.name == STEPS and directory.name.isdecimal()
+  if step and not has_config:
+    return directory.parents[1], directory
+  return directory, directory
+
+
+def load_metadata(checkpoint: str | os.PathLike) -> dict[str, Any]:
+  """Returns what `save_checkpoint` was given as metadata.
+
+  For a training run also, under "training", what it noted down with the step.
+
+  Raises:
+    CheckpointError: if there is no such checkpoint or it is damaged.
+  """
+  directory, arrays = _locate(checkpoint)
+  _, metadata = read_config(directory)
+  if arrays != directory:
+    metadata = metadata | {"training": read_meta(arrays)}
+  return metadata
+
+
+def load_params_to_host(
+  checkpoint: str | os.PathLike, *, ema: bool = False
+) -> tuple[ModelConfig, dict]:
+  """Loads a checkpoint directory's config and parameters as NumPy arrays.
+
+  Args:
+    checkpoint: any of the module's directories.
+    ema: load the moving average that a training run kept.
+
+  Returns:
+    The config with `scan_layers` off, and parameters of that layout.
+
+  Raises:
+    CheckpointError: if there is no such checkpoint or it is not complete, or
+      has no moving average.
+  """
+  directory, arrays = _locate(checkpoint)
+  if ema and not (arrays / EMA).is_dir():
+    raise CheckpointError(
+      f"{arrays} has no moving average of the parameters: only a training run "
+      "with ema_decay writes one. Load the parameters themselves"
+    )
+  config, _ = read_config(directory)
+  params = read_arrays(arrays / PARAMS)
+  if ema:  # Of the trained parameters only; the others did not change.
+    flatten = flax.traverse_util.flatten_dict
+    average = flatten(read_arrays(arrays / EMA))
+    params = flax.traverse_util.unflatten_dict(flatten(params) | average)
   check_params(config, params)
+  if config.scan_layers:
+    config, params = config.replace(scan_layers=False), unstack_layers(params)
   return config, params
 
 
@@ -184,31 +276,37 @@ def load_checkpoint(
   *,
   precision: str | Precision | None = None,
   scan_layers: bool = False,
+  ema: bool = False,
 ) -> tuple[ModelConfig, dict]:
   """Loads a model.
 
   Args:
-    checkpoint: a directory that `save_checkpoint` or convert_torch_weights.py
-      wrote; or "untrained:PRESET" for fresh random weights of a preset's size.
+    checkpoint: a directory that `save_checkpoint`, convert_torch_weights.py or
+      a training run wrote (its latest step), or one of the latter's steps; or
+      "untrained:PRESET" for fresh random weights of a preset's size.
     precision: cast to this policy's types before the weights go to the device
       (halves device memory under bfloat16); None keeps the stored types.
-    scan_layers: load for a model whose encoder layers are scanned.
+    scan_layers: load for a model whose layers are scanned.
+    ema: load the moving average that a training run kept.
 
   Returns:
     The config, and parameters on the default device.
 
   Raises:
-    CheckpointError: if there is no such checkpoint or it is not complete.
+    CheckpointError: if there is no such checkpoint or it is not complete, or
+      has no moving average.
   """
   name = str(checkpoint)
   if name.startswith(UNTRAINED):
+    if ema:
+      raise CheckpointError(f"{name} has no moving average; ask for none")
     try:
       config = preset(name.removeprefix(UNTRAINED))
     except ValueError as error:
       raise CheckpointError(str(error)) from error
     params = init_params(config)
   else:
-    config, params = load_params_to_host(checkpoint)
+    config, params = load_params_to_host(checkpoint, ema=ema)
   if precision is not None:
     params = cast_params(params, precision)
   if scan_layers:

@@ -54,8 +54,8 @@ class StepOptions:
   """How to run a step; the keyword options of `step`, `scan` and `Stream`.
 
   Attributes:
-    precision: "float32", "tf32", "bfloat16", "mixed" or a `Precision`; None: float32 on
-      a CPU, bfloat16 on accelerators.
+    precision: "float32", "tf32", "bfloat16", "mixed" or a `Precision`; None:
+      float32 on a CPU, bfloat16 on accelerators.
     attention: "auto", "xla", "cudnn" or "tpu", see `models.attention`.
     fusion: False keeps all pointers (the paper's first training stage).
     fusion_divisor: the scene's extent over this is the fusion distance.

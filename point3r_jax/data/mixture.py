@@ -198,14 +198,27 @@ class Mixture:
     Raises:
       IndexError: there is no such step.
     """
+    order, batch = self._batch(step)
+    return tuple(self.image_sizes[order.size[batch]])
+
+  def views_of(self, step: int) -> int:
+    """Returns the T of a batch, counted from the start of the run.
+
+    Raises:
+      IndexError: there is no such step.
+    """
+    order, batch = self._batch(step)
+    return int(order.views[batch])
+
+  def _batch(self, step: int) -> tuple[_Epoch, int]:
+    """Returns the epoch's order that a step is in, and where in it."""
     if not 0 <= step < self.epochs * self.steps_per_epoch:
       raise IndexError(
         f"step {step} is not in a mixture of {self.epochs} epochs of "
         f"{self.steps_per_epoch} steps"
       )
     epoch, batch = divmod(step, self.steps_per_epoch)
-    size = _order_epoch(self._rules, epoch).size[batch]
-    return tuple(self.image_sizes[size])
+    return _order_epoch(self._rules, epoch), batch
 
   def __getitem__(self, position: int) -> Record:
     """Reads a sample.

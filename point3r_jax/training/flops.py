@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 
 def _dot(equation) -> int:
@@ -23,19 +24,27 @@ def _dot(equation) -> int:
 
 
 def _convolution(equation) -> int:
-  """Products of each output with a kernel, less those with padding zeros."""
-  numbers = equation.params["dimension_numbers"]
-  kernel = equation.invars[1].aval.shape
-  inputs = equation.invars[0].aval.shape
+  """Two operations for each product that has no padding or dilation in it.
+
+  So the gradients of a convolution count as much as the convolution itself.
+  """
+  params = equation.params
+  numbers = params["dimension_numbers"]
+  inputs, kernel = (x.aval.shape for x in equation.invars)
   output = equation.outvars[0].aval.shape
-  channels = kernel[numbers.rhs_spec[1]]
-  taps = math.prod(kernel[i] for i in numbers.rhs_spec[2:])
-  if any(d > 1 for d in equation.params["lhs_dilation"]):
-    # Zeros between the inputs (the gradient of a strided convolution) are free.
-    spatial = math.prod(inputs[i] for i in numbers.lhs_spec[2:])
-    spatial *= inputs[numbers.lhs_spec[0]] * kernel[numbers.rhs_spec[0]]
-    return 2 * channels * taps * spatial
-  return 2 * channels * taps * math.prod(output)
+  batch, features, *_ = numbers.out_spec
+  total = 2 * output[batch] * output[features] * kernel[numbers.rhs_spec[1]]
+  for i, (low, _) in enumerate(params["padding"]):
+    stride, dilation, kernel_dilation = (
+      params[name][i]
+      for name in ("window_strides", "lhs_dilation", "rhs_dilation")
+    )
+    size = inputs[numbers.lhs_spec[2 + i]]
+    starts = stride * np.arange(output[numbers.out_spec[2 + i]]) - low
+    taps = kernel_dilation * np.arange(kernel[numbers.rhs_spec[2 + i]])
+    read, hole = np.divmod(starts[:, None] + taps, dilation)
+    total *= int(np.sum((hole == 0) & (read >= 0) & (read < size)))
+  return total
 
 
 def _jaxprs(value: Any):

@@ -88,8 +88,9 @@ def rollout(
   options: RolloutOptions,
   params: dict,
   images: jax.Array,
+  memory: PointerMemory | None = None,
 ) -> tuple[PointerMemory, Prediction]:
-  """Takes a batch of sequences from empty memories.
+  """Takes a batch of sequences.
 
   The same function as `streaming.scan`; differentiable.
 
@@ -98,6 +99,7 @@ def rollout(
     options: how to run.
     params: in the config's layout.
     images: (B, T, H, W, 3) uint8, or float32 in [-1, 1]; RGB.
+    memory: where the sequences go on; None: they start, with `capacity`.
 
   Returns:
     The memory after the last frame, and predictions with leading axes T, B.
@@ -106,9 +108,13 @@ def rollout(
   image_size = images.shape[2:4]
   grid = config.grid(image_size)
   num_tokens = grid[0] * grid[1]
-  capacity = options.capacity or frames * num_tokens
   model = build_model(config, options.step)
-  memory = init_memory(config, batch, image_size, capacity)
+  if memory is None:
+    capacity = options.capacity or frames * num_tokens
+    memory = init_memory(config, batch, image_size, capacity)
+    parts = segments(frames, num_tokens, capacity, options.sizes)
+  else:
+    parts = [(0, frames, memory.capacity)]
 
   # Batch first: merging a sharded batch axis with T keeps it sharded.
   tokens = model.apply(
@@ -142,9 +148,7 @@ def rollout(
 
   predictions = []
   with jax.default_matmul_precision(options.step.precision.matmul):
-    for start, stop, visible in segments(
-      frames, num_tokens, capacity, options.sizes
-    ):
+    for start, stop, visible in parts:
       memory, prediction = jax.lax.scan(
         run(visible), memory, (tokens[start:stop], index[start:stop])
       )

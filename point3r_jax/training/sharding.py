@@ -61,6 +61,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(AXES))
 
 
+def gather(params: Any) -> Any:
+  """Copies parameters to all devices of the mesh in use, if there is one.
+
+  Every frame of a sequence uses all parameters, so they are gathered once a
+  step, in the type they are multiplied in, and not anew for each layer and
+  frame. Gradients go the other way, summed and split.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return params
+  return jax.lax.with_sharding_constraint(params, PartitionSpec())
+
+
 def _spec(shape: tuple[int, ...], devices: int) -> PartitionSpec:
   """Splits the largest dimension that divides; small arrays are not split."""
   dimensions = [i for i, size in enumerate(shape) if size % devices == 0]

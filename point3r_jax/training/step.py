@@ -19,6 +19,7 @@ from point3r_jax.training.optimizer import (
   split_frozen,
 )
 from point3r_jax.training.rollout import RolloutOptions, rollout
+from point3r_jax.training.sharding import gather
 from point3r_jax.training.state import TrainState
 
 # The (B,) flags of a batch that decide how its samples count in the loss.
@@ -57,7 +58,7 @@ def sequence_loss(
   """
   # Cast once, like autocast: gradients of a frame are added up in the policy's
   # type, and only then become float32.
-  params = cast_params(params, config.rollout.step.precision)
+  params = gather(cast_params(params, config.rollout.step.precision))
   memory, prediction = rollout(
     config.model, config.rollout, params, batch["image"]
   )
@@ -102,7 +103,7 @@ def train_step(
   (loss, (parts, _)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
     trained
   )
-  norm = optax.global_norm(gradient)
+  norm = optax.tree.norm(gradient)
   finite = jnp.isfinite(loss) & jnp.isfinite(norm)
   updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
   updated = optax.apply_updates(trained, updates)

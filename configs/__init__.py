@@ -1,0 +1,1 @@
+"""Training runs: one `get_config()` a file, made from `base`."""

@@ -1,0 +1,56 @@
+"""Stage 2 of the published training: ten shapes at 512, five views, fusion.
+
+  python train.py --config configs/stage2_512.py --workdir runs/stage2 \
+    --config.init_from runs/stage1
+
+The published run: 8 GPUs with 3 sequences each, 4916 steps an epoch, 10 epochs.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+# (height, width); the first half is drawn twice as often as the rest.
+IMAGE_SIZES = (
+  (384, 512),
+  (336, 512),
+  (288, 512),
+  (256, 512),
+  (208, 512),
+  (144, 512),
+  (512, 384),
+  (512, 336),
+  (512, 288),
+  (512, 256),
+)
+
+
+def get_config() -> ConfigDict:
+  """Returns the config."""
+  c = base.get_config()
+  c.views = 5
+  c.image_sizes = IMAGE_SIZES
+  c.batch_size = 24
+  c.epochs = 10
+  c.optimizer.lr, c.optimizer.min_lr = 5e-5, 1e-6
+  c.optimizer.warmup_epochs = 0.5
+  c.datasets = base.published_datasets(
+    {
+      "co3d": 10_000,
+      "wildrgbd": 10_000,
+      "arkitscenes": 10_000,
+      "arkitscenes_highres": 10_000,
+      "scannetpp": 10_000,
+      "scannet": 10_000,
+      "hypersim": 5_000,
+      "blendedmvs": 10_000,
+      "megadepth": 10_000,
+      "waymo": 10_000,
+      "vkitti2": 3_000,
+      "omniobject3d": 5_000,
+      "spring": 6_000,
+      "mvs_synth": 1_000,
+      "point_odyssey": 8_000,
+    }
+  )
+  return c

@@ -1,0 +1,128 @@
+"""Trains a model: flags in, a run, exit code out."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+import absl.logging
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from point3r_jax.cli.common import run
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "a file of configs/, or of your own; see configs/base.py"
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "for checkpoints and logs; a run found there is resumed"
+)
+_MAX_STEPS = flags.DEFINE_integer(
+  "max_steps", None, "stop after this step, with a checkpoint", lower_bound=1
+)
+_PROFILE_STEPS = flags.DEFINE_list(
+  "profile_steps", None, "FIRST,LAST: trace these steps into WORKDIR/profile"
+)
+_DRY_RUN = flags.DEFINE_bool(
+  "dry_run", False, "print what a step costs, without data, and end"
+)
+_DEVICES = flags.DEFINE_integer(
+  "devices", None, "for --dry_run: so many devices that need not exist"
+)
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", None, "for --dry_run: a slice of TPUs, such as v5p:4x4x4"
+)
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator",
+  None,
+  "HOST:PORT of process 0, or 'auto' on Slurm and TPU pods: train with several "
+  "processes",
+)
+_PROCESSES = flags.DEFINE_integer(
+  "processes", None, "how many, with a HOST:PORT"
+)
+_PROCESS = flags.DEFINE_integer(
+  "process", None, "which one this is, with a HOST:PORT"
+)
+
+
+def _initialize_distributed() -> None:
+  """Lets the processes of a run find each other."""
+  if not _COORDINATOR.value:
+    return
+  if _COORDINATOR.value == "auto":
+    jax.distributed.initialize()
+  else:
+    jax.distributed.initialize(
+      _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
+    )
+
+
+def _profile_steps() -> tuple[int, int] | None:
+  from point3r_jax.training.experiment import ConfigError
+
+  if _PROFILE_STEPS.value is None:
+    return None
+  try:
+    first, last = map(int, _PROFILE_STEPS.value)
+  except ValueError:
+    first, last = 0, 0
+  if not 1 <= first <= last:
+    raise ConfigError(
+      "--profile_steps takes two numbers from 1 on, such as 10,12"
+    )
+  return first, last
+
+
+def _plan() -> None:
+  from point3r_jax.training import plan
+  from point3r_jax.training.experiment import open_experiment
+
+  devices = None
+  if _TOPOLOGY.value:
+    devices = plan.topology_devices(_TOPOLOGY.value)
+  elif _DEVICES.value:
+    plan.fake_devices(_DEVICES.value)
+  experiment = open_experiment(_CONFIG.value, devices)
+  for image_size in dict.fromkeys(map(tuple, _CONFIG.value.image_sizes)):
+    print(plan.format_plan(plan.plan(experiment, image_size)), flush=True)
+
+
+def _train() -> None:
+  from point3r_jax.training.experiment import ConfigError, open_experiment
+  from point3r_jax.training.loop import RunOptions, train
+
+  if not _WORKDIR.value:
+    raise ConfigError("--workdir is missing: where checkpoints and logs go")
+  profile = _profile_steps()
+  _initialize_distributed()
+  if jax.process_index():
+    logging.getLogger("point3r_jax").setLevel(logging.WARNING)
+  train(
+    open_experiment(_CONFIG.value),
+    RunOptions(_WORKDIR.value, _MAX_STEPS.value, profile),
+  )
+
+
+def _program() -> None:
+  if _DRY_RUN.value:
+    _plan()
+  else:
+    _train()
+
+
+def _main(arguments: Sequence[str]) -> None:
+  if len(arguments) > 1:
+    raise app.UsageError(f"unknown arguments: {' '.join(arguments[1:])}")
+  absl.logging.set_verbosity(absl.logging.WARNING)
+  logging.basicConfig(format="%(asctime)s %(message)s", force=True)
+  logging.getLogger("point3r_jax").setLevel(logging.INFO)
+  sys.exit(run(_program))
+
+
+def main() -> None:
+  """Runs the program; ends the process with its exit code."""
+  flags.mark_flag_as_required("config")
+  app.run(_main)

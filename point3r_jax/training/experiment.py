@@ -1,0 +1,184 @@
+"""From a config to the objects of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+from typing import Any
+
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from point3r_jax.config import preset
+from point3r_jax.data.datasets import open_sources
+from point3r_jax.data.errors import InputError
+from point3r_jax.data.mixture import Mixture
+from point3r_jax.losses import LossOptions
+from point3r_jax.streaming import StepOptions
+from point3r_jax.training.optimizer import OptimizerOptions, make_optimizer
+from point3r_jax.training.rollout import RolloutOptions
+from point3r_jax.training.sharding import Rules, make_mesh
+from point3r_jax.training.state import StateMaker
+from point3r_jax.training.step import StepConfig
+
+
+class ConfigError(InputError):
+  """A config whose values do not go together."""
+
+
+def _steps_per_epoch(config: ConfigDict) -> int:
+  """Batches in an epoch, by the config alone."""
+  samples = sum(dataset.samples for dataset in config.datasets.values())
+  if samples < config.batch_size:
+    raise ConfigError(
+      f"an epoch of {samples} samples has no full batch of "
+      f"{config.batch_size}; lower batch_size or raise the datasets' samples"
+    )
+  return samples // config.batch_size
+
+
+def make_step_config(config: ConfigDict) -> StepConfig:
+  """Returns what fixes the function of a training step.
+
+  Args:
+    config: with the fields of configs/base.py.
+
+  Raises:
+    ConfigError: for values without meaning.
+  """
+  rollout = config.rollout.to_dict()
+  own = {
+    name: rollout.pop(name) for name in ("remat_frames", "truncate", "sizes")
+  }
+  capacity = rollout.pop("capacity") or None
+  try:
+    model = preset(config.model.preset).replace(
+      scan_layers=config.model.scan_layers,
+      rotary_bases=tuple(config.model.rotary_bases),
+    )
+    for size in config.image_sizes:
+      model.grid(tuple(size))
+    optimizer = dict(config.optimizer.to_dict(), epochs=float(config.epochs))
+    optimizer["freeze"] = tuple(optimizer["freeze"])
+    return StepConfig(
+      model=model,
+      rollout=RolloutOptions(
+        step=StepOptions(**rollout), capacity=capacity, **own
+      ),
+      loss=LossOptions(**config.loss.to_dict()),
+      optimizer=OptimizerOptions(**optimizer),
+      steps_per_epoch=_steps_per_epoch(config),
+    )
+  except (TypeError, ValueError) as error:
+    raise ConfigError(f"config: {error}") from error
+
+
+def dataset_options(config: ConfigDict) -> dict[str, dict[str, Any]]:
+  """Returns the datasets' options, as far as they decide what the data are."""
+  return {
+    name: {
+      option: value
+      for option, value in json.loads(dataset.to_json()).items()
+      if option not in ("folder", "samples")
+    }
+    for name, dataset in config.datasets.items()
+  }
+
+
+def make_mixture(config: ConfigDict) -> Mixture:
+  """Opens the datasets.
+
+  Raises:
+    InputError: listing all datasets that are missing.
+  """
+  specs = []
+  for name, dataset in config.datasets.items():
+    options = dataset.to_dict()
+    samples = options.pop("samples")
+    if "folder" in options:
+      options["root"] = os.path.join(config.data_root, options.pop("folder"))
+    specs.append((name, samples, options))
+  views = config.views
+  return Mixture(
+    parts=open_sources(specs),
+    image_sizes=tuple(tuple(size) for size in config.image_sizes),
+    views=views if isinstance(views, int) else tuple(views),
+    batch_size=config.batch_size,
+    epochs=config.epochs,
+    seed=config.seed,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """What a run needs besides data.
+
+  Attributes:
+    config: as given.
+    mesh: see `training.sharding`.
+  """
+
+  config: ConfigDict
+  mesh: Mesh
+
+  def __post_init__(self):
+    """Checks that the batch divides over the mesh.
+
+    Raises:
+      ConfigError: it does not.
+    """
+    if self.config.batch_size % self.mesh.size:
+      raise ConfigError(
+        f"batch_size {self.config.batch_size} does not divide over "
+        f"{self.mesh.size} devices"
+      )
+
+  @functools.cached_property
+  def step(self) -> StepConfig:
+    """What fixes the function of a step."""
+    return make_step_config(self.config)
+
+  @functools.cached_property
+  def optimizer(self) -> optax.GradientTransformation:
+    """The gradient transformation."""
+    return make_optimizer(self.step.optimizer, self.step.steps_per_epoch)
+
+  @property
+  def rules(self) -> Rules:
+    """From parameter paths to mesh axes."""
+    return tuple(tuple(rule) for rule in self.config.mesh.rules)
+
+  @functools.cached_property
+  def maker(self) -> StateMaker:
+    """Makes and describes states."""
+    return StateMaker(
+      self.optimizer, self.step.optimizer, self.mesh, self.rules
+    )
+
+  @property
+  def total_steps(self) -> int:
+    """Steps in the whole run."""
+    return self.config.epochs * self.step.steps_per_epoch
+
+  def steps_of(self, epochs: float) -> int:
+    """Returns epochs as a number of steps, at least one; 0 stays 0."""
+    if not epochs:
+      return 0
+    return max(1, math.floor(epochs * self.step.steps_per_epoch))
+
+
+def open_experiment(config: ConfigDict, devices: Any = None) -> Experiment:
+  """Returns the run of a config on all devices, or on those given.
+
+  Raises:
+    ConfigError: for values that do not go together or with the devices.
+  """
+  try:
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices)
+  except ValueError as error:
+    raise ConfigError(f"config.mesh: {error}") from error
+  return Experiment(config, mesh)

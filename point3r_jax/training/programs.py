@@ -1,0 +1,160 @@
+"""Compiled training steps, one for each shape of batch, made ahead of need."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+
+from point3r_jax.params import param_shapes
+from point3r_jax.streaming import Prediction
+from point3r_jax.training.experiment import Experiment
+from point3r_jax.training.sharding import batch_sharding, replicated
+from point3r_jax.training.state import TrainState
+from point3r_jax.training.step import FLAGS, sequence_loss, train_step
+
+# (T, H, W) of a batch's sequences.
+Shape = tuple[int, int, int]
+
+# A step has hundreds of different matrix products: Triton would tune each for
+# longer than all else takes to compile. CUDA graphs of the bodies of loops cost
+# more than they save.
+_GPU_OPTIONS = {
+  "xla_gpu_enable_triton_gemm": False,
+  "xla_gpu_enable_command_buffer": "",
+}
+
+
+_log = logging.getLogger(__name__)
+
+
+def compiler_options() -> dict[str, bool | str] | None:
+  """Returns XLA's options for training steps on the default device."""
+  return _GPU_OPTIONS if jax.default_backend() == "gpu" else None
+
+
+def batch_shapes(
+  experiment: Experiment, shape: Shape
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns a batch as a step takes it, as shapes with shardings."""
+  views, height, width = shape
+  batch = experiment.config.batch_size
+  sharding = batch_sharding(experiment.mesh)
+
+  def array(shape, dtype):
+    return jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=sharding)
+
+  return {
+    "image": array((views, height, width, 3), "uint8"),
+    "depth": array((views, height, width), "float32"),
+    "intrinsics": array((views, 3, 3), "float32"),
+    "camera_to_world": array((views, 4, 4), "float32"),
+    **{flag: array((), "bool") for flag in FLAGS},
+  }
+
+
+def abstract_state(experiment: Experiment) -> TrainState:
+  """Returns the state as shapes with shardings."""
+  return experiment.maker.abstract(param_shapes(experiment.step.model))
+
+
+def lower_step(experiment: Experiment, shape: Shape) -> jax.stages.Lowered:
+  """Lowers the training step for sequences of one shape."""
+  state = abstract_state(experiment)
+  shardings = jax.tree.map(lambda x: x.sharding, state)
+  step = jax.jit(
+    functools.partial(train_step, experiment.step, experiment.optimizer),
+    out_shardings=(shardings, replicated(experiment.mesh)),
+    donate_argnums=0,
+  )
+  with jax.set_mesh(experiment.mesh):
+    return step.lower(state, batch_shapes(experiment, shape))
+
+
+def _compile_step(experiment: Experiment, shape: Shape, reason: str) -> Any:
+  views, height, width = shape
+  _log.info(
+    "compiling the step for %d views of %dx%d (%s)",
+    views,
+    height,
+    width,
+    reason,
+  )
+  started = time.monotonic()
+  compiled = lower_step(experiment, shape).compile(compiler_options())
+  _log.info(
+    "compiled the step for %d views of %dx%d in %.0f s",
+    views,
+    height,
+    width,
+    time.monotonic() - started,
+  )
+  return compiled
+
+
+class Programs:
+  """Training steps by the shape of their batch.
+
+  Shapes that are known to come are compiled one after the other in the
+  background, in the order they are needed: the same in all processes, which
+  compile together. Close it, or use it in a `with` statement.
+  """
+
+  def __init__(self, experiment: Experiment, ahead: Iterable[Shape] = ()):
+    """Starts to compile.
+
+    Args:
+      experiment: the run.
+      ahead: shapes to come, the first one first.
+    """
+    self._experiment = experiment
+    self._executor = concurrent.futures.ThreadPoolExecutor(1)
+    self._programs = {}
+    for shape in ahead:
+      self._submit(shape, "ahead")
+
+  def _submit(self, shape: Shape, reason: str) -> None:
+    if shape not in self._programs:
+      self._programs[shape] = self._executor.submit(
+        _compile_step, self._experiment, shape, reason
+      )
+
+  def step(
+    self, state: TrainState, batch: dict[str, jax.Array]
+  ) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Takes one batch; see `training.step.train_step`.
+
+    Waits if its program is not compiled yet. The state is donated.
+    """
+    shape = tuple(batch["depth"].shape[1:])
+    self._submit(shape, "first use")
+    return self._programs[shape].result()(state, batch)
+
+  def close(self) -> None:
+    """Gives up what was not begun, and waits for what was."""
+    self._executor.shutdown(cancel_futures=True)
+
+  def __enter__(self) -> Programs:
+    """Returns itself."""
+    return self
+
+  def __exit__(self, *_) -> None:
+    """Closes it."""
+    self.close()
+
+
+def make_predict(
+  experiment: Experiment,
+) -> Callable[[dict, dict[str, jax.Array]], Prediction]:
+  """Returns a jitted function of parameters and a batch to predictions."""
+
+  def predict(params, batch):
+    _, (_, prediction) = sequence_loss(experiment.step, params, batch)
+    return prediction
+
+  return jax.jit(predict)

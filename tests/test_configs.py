@@ -1,0 +1,204 @@
+"""The configs: the published numbers, and what is said about wrong ones."""
+
+import pathlib
+from typing import NamedTuple
+
+import pytest
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from point3r_jax.data.errors import InputError
+from point3r_jax.training.experiment import (
+  ConfigError,
+  make_mixture,
+  make_step_config,
+  open_experiment,
+)
+
+FOLDER = pathlib.Path(__file__).parents[1] / "configs"
+
+
+class Stage(NamedTuple):
+  """What the published training says of a stage."""
+
+  views: int
+  sequences: int  # For each of 8 GPUs.
+  epochs: int
+  warmup: float
+  rates: tuple[float, float]
+  samples: int
+  steps: int  # In an epoch.
+  checkpoint: float  # Every so many epochs.
+
+
+STAGES = {
+  "stage1_224": Stage(5, 16, 100, 5, (5e-5, 1e-6), 100_000, 781, 1),
+  "stage2_512": Stage(5, 3, 10, 0.5, (5e-5, 1e-6), 118_000, 4916, 0.1),
+  "stage3_long": Stage(8, 1, 10, 0.5, (1e-5, 1e-6), 16_900, 2112, 0.1),
+  "finetune": Stage(8, 1, 10, 0.5, (1e-6, 1e-7), 26_000, 3250, 0.1),
+}
+LATER = ("stage2_512", "stage3_long", "finetune")
+
+# Samples in an epoch of the four stages, and the folder.
+DATASETS = {
+  "co3d": (10_000, 10_000, 2_000, 3_000, "processed_co3d"),
+  "wildrgbd": (10_000, 10_000, 2_000, 3_000, "wildrgbd"),
+  "arkitscenes": (10_000, 10_000, 2_000, 3_000, "processed_arkitscenes"),
+  "arkitscenes_highres": (
+    *(10_000, 10_000, 1_000, 1_500),
+    "processed_arkitscenes_highres",
+  ),
+  "scannetpp": (10_000, 10_000, 1_000, 1_500, "processed_scannetpp"),
+  "scannet": (10_000, 10_000, 2_000, 3_000, "processed_scannet"),
+  "hypersim": (5_000, 5_000, 500, 800, "hypersim"),
+  "blendedmvs": (10_000, 10_000, 1_000, 1_500, "processed_blendedmvs"),
+  "megadepth": (10_000, 10_000, 1_000, 1_500, "processed_megadepth"),
+  "waymo": (10_000, 10_000, 1_000, 1_500, "waymo"),
+  "vkitti2": (5_000, 3_000, 800, 1_500, "processed_vkitti"),
+  "omniobject3d": (0, 5_000, 800, 1_200, "omniobject3d"),
+  "spring": (0, 6_000, 800, 1_200, "spring"),
+  "mvs_synth": (0, 1_000, 100, 300, "mvs_synth"),
+  "point_odyssey": (0, 8_000, 900, 1_500, "point_odyssey"),
+}
+# As (width, height), the way they were published; the first five are drawn
+# twice as often.
+SIZES_512 = (
+  *((512, 384), (512, 336), (512, 288), (512, 256), (512, 208)),
+  *((512, 144), (384, 512), (336, 512), (288, 512), (256, 512)),
+)
+
+
+def load(name: str, *arguments: str) -> ConfigDict:
+  """Returns a config as the command line makes it."""
+  values, path = flags.FlagValues(), str(FOLDER / f"{name}.py")
+  line = ["train.py", *(f"--config.{argument}" for argument in arguments)]
+  config_flags.DEFINE_config_file(
+    "config", path, flag_values=values, sys_argv=line
+  )
+  values(line)
+  return values.config
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stages_have_the_published_numbers(name):
+  stage, config = STAGES[name], load(name)
+  assert config.views == stage.views
+  assert config.batch_size == 8 * stage.sequences
+  assert config.epochs == stage.epochs and config.seed == 0
+  sizes = ((224, 224),) if name == "stage1_224" else SIZES_512
+  assert config.image_sizes == tuple((height, width) for width, height in sizes)
+
+  column = list(STAGES).index(name)
+  assert [
+    (dataset, options.to_dict()) for dataset, options in config.datasets.items()
+  ] == [
+    (dataset, {"samples": row[column], "folder": row[-1]})
+    for dataset, row in DATASETS.items()
+    if row[column]
+  ]
+  assert sum(x.samples for x in config.datasets.values()) == stage.samples
+
+  # The published run keeps the parameters of each epoch.
+  assert config.checkpoint.every_epochs == stage.checkpoint
+  assert config.checkpoint.keep_every_epochs == 1
+  assert config.log.every == 20
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_steps_of_the_stages_have_the_published_function(name):
+  stage, step = STAGES[name], make_step_config(load(name))
+  assert step.steps_per_epoch == stage.steps
+  optimizer = step.optimizer
+  assert (optimizer.lr, optimizer.min_lr) == stage.rates
+  assert (optimizer.epochs, optimizer.warmup_epochs) == (
+    stage.epochs,
+    stage.warmup,
+  )
+  assert (optimizer.b1, optimizer.b2, optimizer.eps) == (0.9, 0.95, 1e-8)
+  assert (optimizer.weight_decay, optimizer.clip_norm) == (0.05, 1.0)
+  assert (optimizer.accumulate, optimizer.ema_decay) == (1, 0.0)
+  frozen = ("encoder/",) if name in ("stage3_long", "finetune") else ()
+  assert optimizer.freeze == frozen
+
+  assert step.model.image_size == (512 if name in LATER else 224)
+  assert step.model.encoder_depth == 24 and step.model.scan_layers
+  rollout = step.rollout
+  assert rollout.step.fusion == (name in LATER)
+  assert rollout.step.precision.name == "mixed"
+  assert rollout.step.rotary and rollout.step.heads == "both"
+  # No pointer is lost, and gradients go through the whole sequence.
+  assert rollout.capacity is None and rollout.truncate == 0
+  loss = step.loss
+  assert loss.per_sample == (name in LATER)
+  assert (loss.alpha, loss.points_weight, loss.sky_loss) == (0.2, 2.0, 2.0)
+  assert (loss.pose_weight, loss.pose_clip) == (5.0, 0.3)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_all_datasets_that_are_missing_are_named_at_once(name):
+  config = load(name)
+  with pytest.raises(InputError) as error:
+    make_mixture(config)
+  count = len(config.datasets)
+  assert f"{count} of {count} datasets cannot be opened" in str(error.value)
+  for dataset in config.datasets:
+    assert f" {dataset}: this version has no reader" in str(error.value)
+
+
+def test_the_synthetic_config_needs_nothing():
+  config = load("synthetic_tiny", "seed=7", "views=3")
+  mixture, step = make_mixture(config), make_step_config(config)
+  assert mixture.steps_per_epoch == step.steps_per_epoch == 1000
+  assert (mixture.seed, mixture.views) == (7, 3)
+  assert mixture.image_sizes == ((96, 128),)
+  assert len(mixture.parts[0][0]) == 100_000
+
+
+@pytest.mark.parametrize(
+  ("argument", "message"),
+  [
+    ("optimizer.lrr=1e-5", "lrr"),
+    ("batch=8", "batch"),
+    ("optimizer.lr=fast", "fast"),
+    ("views=(4, 10)", "views"),
+  ],
+)
+def test_what_is_not_in_the_config_is_an_error(argument, message):
+  with pytest.raises((AttributeError, TypeError, flags.Error), match=message):
+    load("stage2_512", argument)
+
+
+@pytest.mark.parametrize(
+  ("argument", "message"),
+  [
+    ("image_sizes=((97, 128),)", "97x128"),
+    ("rollout.precision=float16", "unknown precision 'float16'.*bfloat16"),
+    ("rollout.attention=flash", "unknown attention 'flash'"),
+    ("rollout.remat=all", "unknown remat 'all'"),
+    ("model.preset=large", "unknown preset 'large'.*small"),
+    ("optimizer.warmup_epochs=21.0", "warmup_epochs.*21.0 of 20"),
+    ("batch_size=16001", "16000 samples has no full batch of 16001"),
+  ],
+)
+def test_values_without_meaning_are_named(argument, message):
+  with pytest.raises(ConfigError, match=message):
+    make_step_config(load("synthetic_tiny", argument))
+
+
+@pytest.mark.parametrize(
+  ("argument", "message"),
+  [
+    ("batch_size=12", "batch_size 12 does not divide over 8 devices"),
+    ("mesh.fsdp=3", "fsdp=3 does not use 8 devices"),
+  ],
+)
+def test_batch_and_mesh_fit_the_devices(argument, message):
+  with pytest.raises(ConfigError, match=message):
+    open_experiment(load("synthetic_tiny", argument))
+
+
+def test_epochs_become_steps():
+  experiment = open_experiment(load("stage3_long"))
+  assert experiment.total_steps == 21_120
+  assert experiment.steps_of(0.1) == 211
+  assert experiment.steps_of(1e-9) == 1 and experiment.steps_of(0) == 0

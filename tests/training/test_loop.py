@@ -1,0 +1,152 @@
+"""Whole runs: killed, resumed, on several processes, and stopped by NaN."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+import point3r_jax as p3r
+from point3r_jax.checkpoints import CheckpointError
+from point3r_jax.config import PRESETS
+from point3r_jax.training import loop
+from point3r_jax.training.experiment import open_experiment
+from point3r_jax.training.loop import RunOptions, TrainingError, train
+from point3r_jax.training.programs import Programs
+from tests import micro
+from tests.training import micro_run
+from tests.training.micro_run import STEPS
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def preset(monkeypatch):
+  monkeypatch.setitem(PRESETS, "micro", micro.CONFIG)
+
+
+def experiment(**changes):
+  config = micro_run.get_config()
+  config.update_from_flattened_dict(changes)
+  return open_experiment(config, jax.devices()[:1])
+
+
+def start(workdir, *flags, devices: int = 1, **environment) -> subprocess.Popen:
+  """Starts train.py's program on the micro model."""
+  settings = os.environ | environment
+  settings["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
+  settings["PYTHONPATH"] = str(ROOT)
+  command = [sys.executable, "-m", "tests.training.micro_run"]
+  command += ["--config", str(ROOT / "tests/training/micro_run.py")]
+  return subprocess.Popen(
+    [*command, "--workdir", str(workdir), *flags],
+    cwd=ROOT,
+    env=settings,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def losses(workdir) -> list[float]:
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+  return [row["loss"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+  """A run that nothing disturbs: its state and directory."""
+  workdir = tmp_path_factory.mktemp("straight")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(PRESETS, "micro", micro.CONFIG)
+    state = train(experiment(), RunOptions(workdir))
+  return jax.device_get(state), workdir
+
+
+def test_a_run_writes_what_others_read(straight):
+  state, workdir = straight
+  assert int(state.step) == STEPS
+  assert len(losses(workdir)) == STEPS
+  steps = {int(path.name) for path in (workdir / "checkpoints").iterdir()}
+  assert steps == {4, 6}
+  config, params = p3r.load_checkpoint(workdir)
+  assert config == micro.CONFIG
+  _, average = p3r.load_checkpoint(workdir, ema=True)
+  kernel = params["key_head"]["hidden"]["kernel"]
+  chex.assert_trees_all_equal(
+    kernel, state.params["key_head"]["hidden"]["kernel"]
+  )
+  assert (kernel != average["key_head"]["hidden"]["kernel"]).any()
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(straight, tmp_path):
+  process = start(tmp_path, KILL_AT_STEP="5")
+  output, _ = process.communicate(timeout=300)
+  assert process.returncode == -signal.SIGKILL, output
+  assert len(losses(tmp_path)) == 5
+  state = train(experiment(), RunOptions(tmp_path))
+  chex.assert_trees_all_equal(jax.device_get(state), straight[0])
+  assert losses(tmp_path) == losses(straight[1])
+
+
+def test_two_processes_train_as_one(straight, tmp_path):
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    coordinator = f"localhost:{free.getsockname()[1]}"
+  processes = [
+    start(
+      tmp_path,
+      "--config.mesh.fsdp=2",
+      f"--coordinator={coordinator}",
+      "--processes=2",
+      f"--process={process}",
+    )
+    for process in range(2)
+  ]
+  outputs = [process.communicate(timeout=300)[0] for process in processes]
+  assert [p.returncode for p in processes] == [0, 0], "\n".join(outputs)
+  np.testing.assert_allclose(losses(tmp_path), losses(straight[1]), rtol=1e-5)
+
+
+def test_other_data_or_another_model_are_refused(straight):
+  _, workdir = straight
+  with pytest.raises(CheckpointError, match=r"batch_size was 2 and is 4"):
+    train(
+      experiment(**{"batch_size": 4, "checkpoint.every_epochs": 1.0}),
+      RunOptions(workdir),
+    )
+  with pytest.raises(CheckpointError, match=r"options\.synthetic\.seed"):
+    other = micro_run.get_config()
+    other.datasets.synthetic.seed = 1
+    train(open_experiment(other, jax.devices()[:1]), RunOptions(workdir))
+  with pytest.raises(CheckpointError, match="another model"):
+    train(experiment(**{"model.preset": "small"}), RunOptions(workdir))
+
+
+def test_a_run_stops_when_nothing_is_finite_any_more(
+  straight, tmp_path, monkeypatch, caplog
+):
+  """A stand-in for the step that reports what a diverged one would."""
+
+  class Diverged(Programs):
+    streak = 0
+
+    def step(self, state, batch):
+      self.streak += 1
+      names = ("loss", "grad_norm", "streak")
+      values = (np.nan, np.nan, self.streak)
+      return state, dict(zip(names, jax.device_put(values), strict=True))
+
+  monkeypatch.setattr(loop, "Programs", Diverged)
+  with pytest.raises(TrainingError, match=r"3 times in a row.*synthetic \d+"):
+    train(experiment(max_streak=3), RunOptions(tmp_path))
+  assert "step 1 skipped: its loss is nan" in caplog.text

@@ -1,0 +1,147 @@
+"""The rollout: the same function as a scan, differentiated as published."""
+
+import dataclasses
+import json
+
+import chex
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import point3r_jax as p3r
+from point3r_jax.convert.names import weight_table
+from point3r_jax.losses import LossOptions, point3r_loss
+from point3r_jax.params import stack_layers, unstack_layers
+from point3r_jax.streaming import StepOptions
+from point3r_jax.training.optimizer import merge, split_frozen
+from point3r_jax.training.rollout import RolloutOptions, rollout, segments
+from tests import goldens, micro
+
+CONFIG = micro.CONFIG.replace(scan_layers=True)
+STEP = StepOptions(precision="float32")
+
+
+def assert_close(one, other, tolerance=1e-5):
+  """Compares trees, to a share of the largest number in them."""
+  largest = max(np.abs(x).max() for x in jax.tree.leaves(other))
+  chex.assert_trees_all_close(
+    one, other, rtol=tolerance, atol=tolerance * largest
+  )
+
+
+@pytest.mark.parametrize(
+  ("frames", "capacity", "sizes", "expected"),
+  [
+    (6, 20, 8, [(0, 2, 6), (2, 3, 12), (3, 4, 18), (4, 6, 20)]),
+    (6, 20, 2, [(0, 3, 12), (3, 6, 20)]),
+    (6, 20, 1, [(0, 6, 20)]),
+    (64, 24, 8, [(0, 2, 6), (2, 3, 12), (3, 4, 18), (4, 64, 24)]),
+    (1, 6, 3, [(0, 1, 6)]),
+  ],
+)
+def test_segments_hold_what_may_be_there(frames, capacity, sizes, expected):
+  assert list(segments(frames, 6, capacity, sizes)) == expected
+
+
+@pytest.mark.parametrize("fusion", [True, False])
+def test_rollout_is_the_scan(fusion):
+  images = micro.images(4, 2)
+  memory = p3r.init_memory(micro.CONFIG, 2, micro.IMAGE_SIZE, 24)
+  expected = p3r.scan(
+    micro.CONFIG, micro.params(), memory, images, fusion=fusion
+  )
+  options = RolloutOptions(dataclasses.replace(STEP, fusion=fusion), sizes=2)
+  run = jax.jit(lambda params: rollout(CONFIG, options, params, batch))
+  batch = images.swapaxes(0, 1)
+  result = run(stack_layers(micro.params()))
+  chex.assert_trees_all_close(result, expected, rtol=1e-4, atol=1e-5)
+
+
+def mean_square(predictions) -> jax.Array:
+  """A loss that is a sum over frames of what each of them predicts."""
+  points = predictions.points_world, predictions.points_camera
+  return sum(jnp.sum(jnp.square(x)) / x[0].size for x in points)
+
+
+def test_truncation_is_two_halves_of_a_long_sequence():
+  """T = 64 frames; a cut at 32 stops the gradient and nothing else."""
+  options = RolloutOptions(STEP, capacity=24, remat_frames=True, sizes=1)
+  cut = dataclasses.replace(options, truncate=32)
+  images = micro.images(1, 64)
+  params = stack_layers(micro.params())
+
+  @jax.jit
+  @jax.grad
+  def whole(params):
+    _, predictions = rollout(CONFIG, cut, params, images)
+    return mean_square(predictions)
+
+  @jax.jit
+  def half(params, memory, images):
+    def loss(params):
+      after, predictions = rollout(CONFIG, options, params, images, memory)
+      return mean_square(predictions), after
+
+    return jax.grad(loss, has_aux=True)(params)
+
+  memory = p3r.init_memory(CONFIG, 1, micro.IMAGE_SIZE, 24)
+  first, memory = half(params, memory, images[:, :32])
+  second, _ = half(params, memory, images[:, 32:])
+  assert_close(whole(params), jax.tree.map(jnp.add, first, second), 1e-4)
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param("grad_small", marks=pytest.mark.slow),
+    "grad_small_frozen_encoder",
+  ],
+)
+def test_weight_gradients_are_the_published_ones(name):
+  """Norms and entries of every weight's gradient, with fusion, through time."""
+  with np.load(goldens.FOLDER / f"{name}.npz") as file:
+    golden = dict(file)
+  meta = json.loads(str(golden["meta"]))
+  config, params = goldens.seeded_params("small", meta["salt"])
+  config = config.replace(scan_layers=True)
+  images = golden["images"].transpose(1, 0, 3, 4, 2)
+  targets = goldens.loss_targets(golden, images.shape[1])
+  freeze = () if meta["freeze"] == "none" else ("encoder/",)
+  trained, frozen = split_frozen(stack_layers(params), freeze)
+  options = RolloutOptions(STEP, sizes=1)
+
+  @jax.jit
+  @jax.value_and_grad
+  def run(trained):
+    _, prediction = rollout(config, options, merge(trained, frozen), images)
+    return point3r_loss(prediction, targets, LossOptions())[0]
+
+  loss, gradient = run(trained)
+  np.testing.assert_allclose(loss, golden["loss"], rtol=1e-5)
+  if freeze:
+    gradient["encoder"] = jax.tree.map(np.zeros_like, frozen["encoder"])
+  gradient = flax.traverse_util.flatten_dict(unstack_layers(gradient))
+  norms = json.loads(str(golden["grad_norms"]))
+  for weight in weight_table(config):
+    found = np.asarray(weight.export(np.asarray(gradient[weight.path])))
+    if norms[weight.name] is None:
+      assert not found.any(), weight.name
+      continue
+    np.testing.assert_allclose(
+      np.linalg.norm(found),
+      norms[weight.name],
+      rtol=1e-3,
+      atol=1e-7,
+      err_msg=weight.name,
+    )
+    entries = golden[f"grad/{weight.name}"]
+    sampled = found.reshape(-1)[:: max(1, found.size // 16)][:16]
+    np.testing.assert_allclose(
+      sampled,
+      entries,
+      rtol=0,
+      atol=1e-3 * np.abs(entries).max() + 1e-7,
+      err_msg=weight.name,
+    )

@@ -1,0 +1,110 @@
+"""Training over meshes of eight CPU devices: the same numbers as on one."""
+
+import re
+
+import chex
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from point3r_jax.params import param_shapes, stack_layers
+from point3r_jax.training import sharding
+from point3r_jax.training.sharding import (
+  batch_sharding,
+  make_mesh,
+  param_shardings,
+  replicated,
+)
+from point3r_jax.training.step import sequence_loss
+from tests import micro
+from tests.training import batches
+
+CONFIG = batches.step_config()
+MESHES = [(8, 1), (1, 8), (2, 4)]
+
+
+@pytest.fixture(autouse=True)
+def split_small_arrays(monkeypatch):
+  monkeypatch.setattr(sharding, "_MIN_SIZE", 256)
+
+
+def run(shape):
+  """Returns loss, gradient and the compiled program of a mesh."""
+  mesh = make_mesh(*shape, devices=jax.devices()[: shape[0] * shape[1]])
+  params, batch = stack_layers(micro.params()), batches.batch(8, 2)
+  shards, split = param_shardings(mesh, params), batch_sharding(mesh)
+
+  def gradient(params, batch):
+    return jax.value_and_grad(lambda p: sequence_loss(CONFIG, p, batch)[0])(
+      params
+    )
+
+  with jax.set_mesh(mesh):
+    compiled = (
+      jax.jit(
+        gradient,
+        in_shardings=(shards, split),
+        out_shardings=(replicated(mesh), shards),
+      )
+      .lower(params, batch)
+      .compile()
+    )
+  result = compiled(
+    jax.device_put(params, shards), jax.device_put(batch, split)
+  )
+  return *jax.device_get(result), compiled.as_text()
+
+
+@pytest.fixture(scope="module")
+def single():
+  return run((1, 1))
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_loss_and_gradient_are_those_of_one_device(single, shape):
+  loss, gradient, program = run(shape)
+  np.testing.assert_allclose(loss, single[0], rtol=1e-5)
+  largest = max(np.abs(x).max() for x in jax.tree.leaves(single[1]))
+  chex.assert_trees_all_close(
+    gradient, single[1], rtol=1e-5, atol=1e-5 * largest
+  )
+
+  # Parameters are gathered and gradients summed; memories, tokens and images
+  # stay where they are.
+  moved = re.findall(r"(\S+) = (\S+) (all-gather|all-to-all)[-a-z]*\(", program)
+  sizes = {tuple(x.shape) for x in jax.tree.leaves(param_shapes(CONFIG.model))}
+  for name, array, kind in moved:
+    dimensions = tuple(map(int, re.findall(r"\d+", array.split("{")[0])[1:]))
+    assert kind == "all-gather" and dimensions in sizes, (name, array)
+  assert bool(moved) == (shape[1] > 1)
+  assert "collective-permute" not in program
+
+
+def test_parameters_are_split_along_their_largest_dimension():
+  mesh = make_mesh(2, 4)
+  shapes = {
+    "wide": jax.ShapeDtypeStruct((24, 64, 256), "float32"),
+    "odd": jax.ShapeDtypeStruct((513, 1001), "float32"),
+    "small": jax.ShapeDtypeStruct((8,), "float32"),
+    "kept": jax.ShapeDtypeStruct((64, 256), "float32"),
+  }
+  specs = param_shardings(mesh, shapes, [("kept", "replicate"), (".*", "fsdp")])
+  assert {name: x.spec for name, x in specs.items()} == {
+    "wide": PartitionSpec(None, None, "fsdp"),
+    "odd": PartitionSpec(),
+    "small": PartitionSpec(),
+    "kept": PartitionSpec(),
+  }
+  with pytest.raises(ValueError, match="unknown tactic 'fdsp'"):
+    param_shardings(mesh, shapes, [(".*", "fdsp")])
+  with pytest.raises(
+    ValueError, match="no sharding rule for the parameter kept"
+  ):
+    param_shardings(mesh, shapes, [("wide", "fsdp")])
+
+
+@pytest.mark.parametrize("axes", [(3, 1), (-1, 3), (0, 8), (2, 2)])
+def test_a_mesh_uses_all_devices(axes):
+  with pytest.raises(ValueError, match="does not use 8 devices"):
+    make_mesh(*axes)
