@@ -22,7 +22,9 @@ KINDS = (
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z][\w-]*)\((.*)")
 _ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body)=%?([\w.-]+)")
+_CALLED = re.compile(
+  r"\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.-]+)"
+)
 _BRANCHES = re.compile(r"\bbranch_computations=\{(.*?)\}")
 _CONDITION = re.compile(r"\bcondition=%?([\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
@@ -97,6 +99,8 @@ def _called(line: str) -> Iterator[str]:
 
 def count_collectives(hlo: str) -> Collectives:
   """Counts collectives, those inside loops as often as the loops run.
+
+  Of a conditional all branches count.
 
   Args:
     hlo: text of an optimised module: `compiled.as_text()`.
