@@ -119,8 +119,8 @@ def make_targets(
 def _norm(x: jax.Array) -> jax.Array:
   """Euclidean norm of the last axis; its gradient is 0 at 0."""
   square = jnp.sum(x * x, axis=-1)
-  positive = square > 0
-  return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1.0)), 0.0)
+  zero = square == 0  # And not "> 0", which would hide NaN.
+  return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, square)))
 
 
 def _mean(x: jax.Array, mask: jax.Array, axis=None) -> jax.Array:

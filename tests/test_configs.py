@@ -153,6 +153,11 @@ def test_the_synthetic_config_needs_nothing():
   assert mixture.image_sizes == ((96, 128),)
   assert len(mixture.parts[0][0]) == 100_000
 
+  with config.ignore_type():
+    config.views = (2, 4)
+  mixture = make_mixture(config)
+  assert {mixture.views_of(step) for step in range(50)} == {2, 3, 4}
+
 
 @pytest.mark.parametrize(
   ("argument", "message"),

@@ -152,6 +152,15 @@ def test_nothing_valid_and_zero_points_stay_finite():
       assert all(np.isfinite(x).all() for x in gradient.values())
 
 
+@pytest.mark.parametrize("field", FIELDS)
+def test_nan_is_not_hidden(field):
+  fields, targets = example()
+  fields = {**fields, field: fields[field].copy()}
+  fields[field][0, 0].flat[0] = np.nan
+  (loss, _), _ = evaluate(fields, targets, LossOptions())
+  assert np.isnan(loss)
+
+
 def test_pose_loss_is_cut_off_without_gradient():
   fields, targets = example()
   far = {**fields, "pose": fields["pose"] + np.float32(2)}
