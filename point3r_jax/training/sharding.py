@@ -8,7 +8,7 @@ one of the axes of size 1 that is plain data parallelism, or fully sharded.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -61,16 +61,31 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(AXES))
 
 
-def gather(params: Any) -> Any:
-  """Copies parameters to all devices of the mesh in use, if there is one.
+def on_each_part(
+  function: Callable[[Any, Any], tuple[Any, Any]],
+) -> Callable[[Any, Any], tuple[Any, Any]]:
+  """Lets every device of the mesh in use take its part of a batch by itself.
 
-  Every frame of a sequence uses all parameters, so they are gathered once a
-  step, in the type they are multiplied in, and not anew for each layer and
-  frame. Gradients go the other way, summed and split.
+  So nothing of a sequence crosses devices, whatever the compiler thinks best.
+  Parameters are gathered once, and not anew for each layer and frame; their
+  gradients are added up on each device and summed over devices once.
+
+  Args:
+    function: of parameters and arrays (B, …), to a memory of B samples and
+      predictions (T, B, …).
+
+  Returns:
+    The same function of the whole batch; without a mesh the function itself.
   """
   if jax.sharding.get_abstract_mesh().empty:
-    return params
-  return jax.lax.with_sharding_constraint(params, PartitionSpec())
+    return function
+  split = PartitionSpec(AXES)
+  return jax.shard_map(
+    function,
+    in_specs=(PartitionSpec(), split),
+    out_specs=(split, PartitionSpec(None, AXES)),
+    check_vma=False,
+  )
 
 
 def _spec(shape: tuple[int, ...], devices: int) -> PartitionSpec:

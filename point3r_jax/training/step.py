@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from point3r_jax.training.optimizer import (
   split_frozen,
 )
 from point3r_jax.training.rollout import RolloutOptions, rollout
-from point3r_jax.training.sharding import gather
+from point3r_jax.training.sharding import on_each_part
 from point3r_jax.training.state import TrainState
 
 # The (B,) flags of a batch that decide how its samples count in the loss.
@@ -58,10 +59,9 @@ def sequence_loss(
   """
   # Cast once, like autocast: gradients of a frame are added up in the policy's
   # type, and only then become float32.
-  params = gather(cast_params(params, config.rollout.step.precision))
-  memory, prediction = rollout(
-    config.model, config.rollout, params, batch["image"]
-  )
+  params = cast_params(params, config.rollout.step.precision)
+  run = functools.partial(rollout, config.model, config.rollout)
+  memory, prediction = on_each_part(run)(params, batch["image"])
   depth, intrinsics, poses = (
     batch[name].swapaxes(0, 1)
     for name in ("depth", "intrinsics", "camera_to_world")
