@@ -1,6 +1,12 @@
-"""Trains Point3R; see `python train.py --help` and docs/training.md."""
+"""Trains Point3R; see docs/training.md.
 
-from point3r_jax.cli.train import main
+python train.py --config configs/synthetic_tiny.py --workdir runs/tiny
+"""
+
+from absl import flags
+
+from point3r_jax.cli import train
 
 if __name__ == "__main__":
-  main()
+  flags.adopt_module_key_flags(train)  # Else --help would not list them.
+  train.main()

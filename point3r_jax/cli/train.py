@@ -12,6 +12,10 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from point3r_jax.cli.common import run
+from point3r_jax.data.errors import InputError
+
+# Exit code of a run that cannot go on; restarting it will not help.
+_DIVERGED = 3
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "a file of configs/, or of your own; see configs/base.py"
@@ -53,7 +57,13 @@ def _initialize_distributed() -> None:
   if not _COORDINATOR.value:
     return
   if _COORDINATOR.value == "auto":
-    jax.distributed.initialize()
+    try:
+      jax.distributed.initialize()
+    except ValueError as error:
+      raise InputError(
+        f"--coordinator auto finds no cluster here ({error}); give HOST:PORT, "
+        "--processes and --process"
+      ) from error
   else:
     jax.distributed.initialize(
       _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
@@ -90,9 +100,9 @@ def _plan() -> None:
     print(plan.format_plan(plan.plan(experiment, image_size)), flush=True)
 
 
-def _train() -> None:
+def _train() -> int:
   from point3r_jax.training.experiment import ConfigError, open_experiment
-  from point3r_jax.training.loop import RunOptions, train
+  from point3r_jax.training.loop import RunOptions, TrainingError, train
 
   if not _WORKDIR.value:
     raise ConfigError("--workdir is missing: where checkpoints and logs go")
@@ -100,17 +110,20 @@ def _train() -> None:
   _initialize_distributed()
   if jax.process_index():
     logging.getLogger("point3r_jax").setLevel(logging.WARNING)
-  train(
-    open_experiment(_CONFIG.value),
-    RunOptions(_WORKDIR.value, _MAX_STEPS.value, profile),
-  )
+  options = RunOptions(_WORKDIR.value, _MAX_STEPS.value, profile)
+  try:
+    train(open_experiment(_CONFIG.value), options)
+  except TrainingError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return _DIVERGED
+  return 0
 
 
-def _program() -> None:
+def _program() -> int:
   if _DRY_RUN.value:
     _plan()
-  else:
-    _train()
+    return 0
+  return _train()
 
 
 def _main(arguments: Sequence[str]) -> None:
@@ -122,7 +135,17 @@ def _main(arguments: Sequence[str]) -> None:
   sys.exit(run(_program))
 
 
+def _parse(arguments: Sequence[str]) -> list[str]:
+  """Parses flags; a config field that does not exist is one line of error."""
+  try:
+    return app.parse_flags_with_usage(arguments)
+  except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    reason = " ".join(str(error.args[0]).split()) if error.args else error
+    print(f"error: --config: {reason}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main() -> None:
   """Runs the program; ends the process with its exit code."""
   flags.mark_flag_as_required("config")
-  app.run(_main)
+  app.run(_main, flags_parser=_parse)

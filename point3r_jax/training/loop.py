@@ -284,6 +284,7 @@ def train(experiment: Experiment, options: RunOptions) -> TrainState:
   total = experiment.total_steps
   last = min(total, options.max_steps or total)
   every = experiment.steps_of(config.checkpoint.every_epochs)
+  keep_every = experiment.steps_of(config.checkpoint.keep_every_epochs)
   workdir = pathlib.Path(options.workdir)
 
   with contextlib.ExitStack() as stack:
@@ -293,7 +294,7 @@ def train(experiment: Experiment, options: RunOptions) -> TrainState:
         experiment.step.model,
         metadata={"config": json.loads(config.to_json_best_effort())},
         keep_last=config.checkpoint.keep_last,
-        keep_every=experiment.steps_of(config.checkpoint.keep_every_epochs),
+        keep_every=keep_every,
       )
     )
     state = _start(experiment, checkpoints, fingerprint)
@@ -323,6 +324,11 @@ def train(experiment: Experiment, options: RunOptions) -> TrainState:
     while step < last:
       with meter.waiting():
         batch = next(loader)
+      shape = batch["depth"].shape[1:]
+      if not programs.is_ready(shape):
+        watch.drain()
+        with meter.paused():
+          programs.wait(shape)
       uploaded = _upload(experiment, batch)
       step += 1
       profile.before(step)
@@ -347,7 +353,8 @@ def train(experiment: Experiment, options: RunOptions) -> TrainState:
           if panel is not None:
             log.write_image(step, "train", panel)
       stopping = checkpoints.reached_preemption(step) or stop.is_set()
-      if stopping or step == last or step % every == 0:
+      due = any(step % n == 0 for n in (every, keep_every) if n)
+      if stopping or step == last or due:
         watch.drain()
         with meter.paused():
           checkpoints.save(state, {"data": fingerprint})

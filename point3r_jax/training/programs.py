@@ -124,6 +124,11 @@ class Programs:
         _compile_step, self._experiment, shape, reason
       )
 
+  def wait(self, shape: Shape) -> None:
+    """Waits until the program of a shape is compiled."""
+    self._submit(shape, "first use")
+    self._programs[shape].result()
+
   def step(
     self, state: TrainState, batch: dict[str, jax.Array]
   ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -132,8 +137,12 @@ class Programs:
     Waits if its program is not compiled yet. The state is donated.
     """
     shape = tuple(batch["depth"].shape[1:])
-    self._submit(shape, "first use")
+    self.wait(shape)
     return self._programs[shape].result()(state, batch)
+
+  def is_ready(self, shape: Shape) -> bool:
+    """Returns whether the program of a shape is compiled."""
+    return shape in self._programs and self._programs[shape].done()
 
   def close(self) -> None:
     """Gives up what was not begun, and waits for what was."""

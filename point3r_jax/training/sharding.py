@@ -7,6 +7,7 @@ one of the axes of size 1 that is plain data parallelism, or fully sharded.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp")
@@ -46,9 +48,21 @@ def make_mesh(
       f"a mesh of data={data}, fsdp={fsdp} does not use {count} devices; their "
       "product must be the number of devices (-1: what the other axis leaves)"
     )
-  return jax.make_mesh(
-    (data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices
+  types = (AxisType.Auto,) * 2
+  networks = len({getattr(device, "slice_index", 0) for device in devices})
+  if networks == 1:
+    return jax.make_mesh((data, fsdp), AXES, axis_types=types, devices=devices)
+  # Several nodes with GPUs, or slices of TPUs. What 'fsdp' sends is the most:
+  # it stays within one of them as far as it can.
+  inner = math.gcd(fsdp, count // networks)
+  within = (count // networks // inner, inner)
+  grid = mesh_utils.create_hybrid_device_mesh(
+    within,
+    (data // within[0], fsdp // within[1]),
+    devices,
+    allow_split_physical_axes=True,
   )
+  return Mesh(grid, AXES, axis_types=types)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -108,8 +108,13 @@ def train_step(
   updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
   updated = optax.apply_updates(trained, updates)
   ema = state.ema
+  # Batches that went into updates before this one; skipped ones did not.
+  before = state.step - state.skipped
   if ema is not None:
-    ema = optax.incremental_update(updated, ema, 1 - options.ema_decay)
+    # Only the last of the batches that are accumulated changes parameters.
+    new = (before + 1) % options.accumulate == 0
+    rate = jnp.where(new, 1 - options.ema_decay, 0.0)
+    ema = optax.incremental_update(updated, ema, rate)
 
   def keep(new, old):
     return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
@@ -124,7 +129,6 @@ def train_step(
     skipped=state.skipped + skip,
     streak=(state.streak + skip) * skip,
   )
-  update = (state.step - 1) // options.accumulate
   metrics = {
     "loss": loss,
     "loss_camera": jnp.mean(parts["camera_confidence"]),
@@ -133,7 +137,9 @@ def train_step(
     "error_camera": jnp.mean(parts["camera"]),
     "error_world": jnp.mean(parts["world"]),
     "grad_norm": norm,
-    "lr": learning_rate(options, config.steps_per_epoch)(update),
+    "lr": learning_rate(options, config.steps_per_epoch)(
+      before // options.accumulate
+    ),
     "pointers": parts["pointers"],
     "overflow": parts["overflow"],
     "skipped": state.skipped,
