@@ -140,8 +140,10 @@ def _parse(arguments: Sequence[str]) -> list[str]:
   try:
     return app.parse_flags_with_usage(arguments)
   except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-    reason = " ".join(str(error.args[0]).split()) if error.args else error
-    print(f"error: --config: {reason}", file=sys.stderr)
+    while error.args and isinstance(error.args[0], Exception):
+      error = error.args[0]
+    reason = error.args[0] if isinstance(error, KeyError) else error
+    print(f"error: --config: {' '.join(str(reason).split())}", file=sys.stderr)
     sys.exit(2)
 
 
