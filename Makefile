@@ -28,7 +28,7 @@ test: $(INSTALLED)  ## Run the tests.
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} \
 	  $(VENV)/bin/python -m pytest -n 2 $(ARGS)
 
-test-slow: $(INSTALLED)  ## Run the tests of the full-size model.
+test-slow: $(INSTALLED)  ## Run the tests that take minutes or gigabytes.
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} \
 	  $(VENV)/bin/python -m pytest -m slow $(ARGS)
 

@@ -28,6 +28,7 @@ _CALLED = re.compile(
 _BRANCHES = re.compile(r"\bbranch_computations=\{(.*?)\}")
 _CONDITION = re.compile(r"\bcondition=%?([\w.-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_ALONE = re.compile(r"\breplica_groups=(?:\{\{\d+\}|\[\d+,1\])")
 _BOUND = re.compile(r" = s32\[\].* constant\((\d+)\)")
 
 
@@ -100,7 +101,7 @@ def _called(line: str) -> Iterator[str]:
 def count_collectives(hlo: str) -> Collectives:
   """Counts collectives, those inside loops as often as the loops run.
 
-  Of a conditional all branches count.
+  Of a conditional all branches count; groups of one device do not.
 
   Args:
     hlo: text of an optimised module: `compiled.as_text()`.
@@ -121,6 +122,8 @@ def count_collectives(hlo: str) -> Collectives:
       called = list(_called(rest))
       if any(x.startswith("all-reduce-scatter") for x in called):
         kind, called = "reduce-scatter", []  # A fusion on TPUs.
+      if kind in KINDS and _ALONE.search(rest):
+        continue  # Each device by itself: nothing is sent.
       if kind in KINDS:
         total[kind, "runs"] += 1
         total[kind, "bytes"] += _size(result)

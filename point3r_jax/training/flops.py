@@ -68,7 +68,11 @@ def _count(jaxpr) -> int:
       total += _convolution(equation)
     else:
       inner = sum(_count(j) for j in _jaxprs(list(equation.params.values())))
-      total += inner * equation.params.get("length", 1) if inner else 0
+      if name == "scan":
+        inner *= equation.params["length"]
+      elif name == "shard_map":  # What each device of the mesh does.
+        inner *= equation.params["mesh"].size
+      total += inner
   return total
 
 

@@ -50,7 +50,11 @@ def tiny_params(width=256):
 def make_state(params, step, mesh=None, **options):
   """Returns what makes states, and a state of random numbers."""
   options = OptimizerOptions(**options)
-  maker = StateMaker(make_optimizer(options, 10), options, mesh or make_mesh())
+  maker = StateMaker(
+    make_optimizer(options, 10),
+    options,
+    mesh or make_mesh(1, 1, jax.devices()[:1]),
+  )
   rng = np.random.default_rng(step)
   state = jax.tree.map(
     lambda x: jax.device_put(

@@ -5,8 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec
 
 from point3r_jax.training.flops import count_flops
+from point3r_jax.training.sharding import AXES, make_mesh
 
 
 def shape(*sizes):
@@ -31,6 +33,16 @@ def test_scans_count_as_often_as_they_run():
     return jax.lax.scan(outer, x, length=5)[0]
 
   assert count_flops(jax.jit(power), shape(4, 4)) == 5 * 3 * 2 * 4**3
+
+
+def test_what_each_device_does_counts_for_all():
+  split = PartitionSpec(AXES)
+  with jax.set_mesh(make_mesh(2, 4)):
+    product = jax.shard_map(
+      jnp.matmul, in_specs=(split, PartitionSpec()), out_specs=split
+    )
+    count = count_flops(product, shape(16, 3), shape(3, 5))
+  assert count == 2 * 16 * 3 * 5
 
 
 # What a row of 5 pixels and a row of 3 weights have in common, by hand.

@@ -98,6 +98,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(straight, tmp_path):
   assert losses(tmp_path) == losses(straight[1])
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(straight, tmp_path):
   with socket.socket() as free:
     free.bind(("localhost", 0))

@@ -19,7 +19,7 @@ from point3r_jax.training.plan import (
   plan,
   topology_devices,
 )
-from point3r_jax.training.sharding import gather
+from point3r_jax.training.sharding import on_each_part
 from tests import micro
 from tests.training import micro_run
 
@@ -48,9 +48,12 @@ def micro_plan(data, fsdp):
 
 def short_loss(config, params, batch):
   """Uses all parameters and samples, and compiles at once."""
-  scale = jnp.mean(batch["depth"], axis=(1, 2, 3))
-  squares = [jnp.vdot(x, x) for x in jax.tree.leaves(gather(params))]
-  loss = jnp.mean(scale * sum(squares))
+
+  def run(params, depth):
+    square = sum(jnp.vdot(x, x) for x in jax.tree.leaves(params))
+    return square * jnp.mean(depth, axis=(1, 2, 3)), depth.swapaxes(0, 1)
+
+  loss = jnp.mean(on_each_part(run)(params, batch["depth"])[0])
   return loss, (collections.defaultdict(lambda: loss), None)
 
 
@@ -111,13 +114,14 @@ ENTRY %main (a: f32[4,8]) -> f32[] {
 backend_config={"known_trip_count":{"n":"3"},"x":{"n":"7"}}
   %v = (s32[], f32[4,8]{1,0}) while(%w), condition=%bounded, body=%body
   %u = (s32[], f32[4,8]{1,0}) while(%v), condition=%unbounded, body=%body
+  %l = f32[9]{0} all-reduce(%q), replica_groups={{0},{1}}, to_apply=%add
   %f = bf16[4]{0} fusion(%u), kind=kCustom, calls=%all-reduce-scatter.1
   ROOT %o = f32[] constant(0)
 }
 """
 
 
-def test_collectives_in_loops_count_as_often_as_they_run():
+def test_collectives_count_as_often_as_they_run():
   result = count_collectives(PROGRAM)
   assert result.traffic == {
     "all-gather": Traffic(1, 16 * 4),

@@ -65,6 +65,7 @@ def mean_square(predictions) -> jax.Array:
   return sum(jnp.sum(jnp.square(x)) / x[0].size for x in points)
 
 
+@pytest.mark.slow
 def test_truncation_is_two_halves_of_a_long_sequence():
   """T = 64 frames; a cut at 32 stops the gradient and nothing else."""
   options = RolloutOptions(STEP, capacity=24, remat_frames=True, sizes=1)
