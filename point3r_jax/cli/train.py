@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -55,6 +56,12 @@ _PROCESS = flags.DEFINE_integer(
 def _initialize_distributed() -> None:
   """Lets the processes of a run find each other."""
   if not _COORDINATOR.value:
+    tasks = int(os.environ.get("SLURM_NTASKS", 1))
+    if tasks > 1 or _PROCESSES.value or _PROCESS.value is not None:
+      raise InputError(
+        "several processes need --coordinator, or each trains for itself in "
+        "the same workdir: HOST:PORT, or auto on Slurm and TPU pods"
+      )
     return
   if _COORDINATOR.value == "auto":
     try:
@@ -65,6 +72,10 @@ def _initialize_distributed() -> None:
         "--processes and --process"
       ) from error
   else:
+    if _PROCESSES.value is None or _PROCESS.value is None:
+      raise InputError(
+        "--coordinator HOST:PORT needs --processes and --process"
+      )
     jax.distributed.initialize(
       _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
     )
@@ -106,6 +117,8 @@ def _train() -> int:
 
   if not _WORKDIR.value:
     raise ConfigError("--workdir is missing: where checkpoints and logs go")
+  if _DEVICES.value or _TOPOLOGY.value:
+    raise ConfigError("--devices and --topology are for --dry_run")
   profile = _profile_steps()
   _initialize_distributed()
   if jax.process_index():

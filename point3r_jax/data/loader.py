@@ -137,8 +137,10 @@ def _start_worker(index: int, count: int) -> None:
   del index, count
   # Readers may use JAX, but the accelerators belong to the main process.
   jax.config.update("jax_platforms", "cpu")
-  # Ctrl-C goes to all processes; the main one decides what follows.
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  # Ctrl-C, and SIGTERM from a scheduler, go to all processes; the main one
+  # decides what follows, and may need more batches until then.
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
   threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+import re
 from typing import Any
 
 import optax
@@ -18,16 +19,52 @@ from point3r_jax.data.datasets import open_sources
 from point3r_jax.data.errors import InputError
 from point3r_jax.data.mixture import Mixture
 from point3r_jax.losses import LossOptions
+from point3r_jax.params import param_shapes
 from point3r_jax.streaming import StepOptions
-from point3r_jax.training.optimizer import OptimizerOptions, make_optimizer
+from point3r_jax.training.optimizer import (
+  OptimizerOptions,
+  make_optimizer,
+  split_frozen,
+)
 from point3r_jax.training.rollout import RolloutOptions
-from point3r_jax.training.sharding import Rules, make_mesh
+from point3r_jax.training.sharding import Rules, make_mesh, param_shardings
 from point3r_jax.training.state import StateMaker
 from point3r_jax.training.step import StepConfig
 
 
 class ConfigError(InputError):
   """A config whose values do not go together."""
+
+
+# Fields that have to be at least so much.
+_LEAST = {
+  "batch_size": 1,
+  "epochs": 1,
+  "max_streak": 1,
+  "log.every": 1,
+  "log.panel_every": 0,
+  "checkpoint.keep_last": 1,
+  "checkpoint.every_epochs": 0,
+  "checkpoint.keep_every_epochs": 0,
+  "rollout.capacity": 0,
+  "optimizer.clip_norm": 1e-12,
+}
+
+
+def _check(config: ConfigDict) -> None:
+  """Raises ConfigError for numbers without meaning."""
+  for name, least in _LEAST.items():
+    value = config
+    for key in name.split("."):
+      value = value[key]
+    if value < least:
+      raise ConfigError(f"config.{name} is {value}; it must be {least} or more")
+  for size in config.image_sizes:
+    if not isinstance(size, list | tuple) or len(size) != 2:
+      raise ConfigError(
+        f"config.image_sizes is {config.image_sizes}; it must hold pairs of "
+        "height and width, such as ((384, 512),)"
+      )
 
 
 def _steps_per_epoch(config: ConfigDict) -> int:
@@ -126,11 +163,18 @@ class Experiment:
   mesh: Mesh
 
   def __post_init__(self):
-    """Checks that the batch divides over the mesh.
+    """Checks the config, as far as it can be without data.
 
     Raises:
-      ConfigError: it does not.
+      ConfigError: for values that make no sense or do not go together.
     """
+    _check(self.config)
+    shapes = param_shapes(self.step.model)
+    try:
+      split_frozen(shapes, self.step.optimizer.freeze)
+      param_shardings(self.mesh, shapes, self.rules)
+    except (ValueError, re.error) as error:
+      raise ConfigError(f"config: {error}") from error
     if self.config.batch_size % self.mesh.size:
       raise ConfigError(
         f"batch_size {self.config.batch_size} does not divide over "

@@ -170,25 +170,31 @@ def _stop_on_signals() -> Iterator[threading.Event]:
 
 
 class _Profile:
-  """A trace of some steps, into WORKDIR/profile."""
+  """A trace of some steps, into WORKDIR/profile; ends with the run at last."""
 
   def __init__(self, workdir: pathlib.Path, steps: tuple[int, int] | None):
     self._directory = workdir / "profile"
-    self._first, self._last = steps or (0, 0)
+    self._steps = range(steps[0], steps[1] + 1) if steps else range(0)
     self._active = False
 
-  def before(self, step: int) -> None:
+  def before(self, step: int, watch: _Watch) -> None:
     """Starts the trace before its first step."""
-    if step == self._first and self._last:
+    if step in self._steps and not self._active:
+      watch.drain()
       jax.profiler.start_trace(self._directory)
       self._active = True
 
   def after(self, step: int, watch: _Watch) -> None:
     """Ends the trace after its last step."""
-    if step >= self._last and self._active:
+    if self._active and step + 1 not in self._steps:
       watch.drain()
-      jax.profiler.stop_trace()
+      self.close()
+
+  def close(self) -> None:
+    """Ends the trace if it is on."""
+    if self._active:
       self._active = False
+      jax.profiler.stop_trace()
       _log.info("profile written to %s", self._directory)
 
 
@@ -280,7 +286,10 @@ def train(experiment: Experiment, options: RunOptions) -> TrainState:
   """
   config, mesh = experiment.config, experiment.mesh
   mixture = make_mixture(config)
-  fingerprint = mixture.fingerprint() | {"options": dataset_options(config)}
+  fingerprint = mixture.fingerprint() | {
+    "options": dataset_options(config),
+    "accumulate": config.optimizer.accumulate,
+  }
   total = experiment.total_steps
   last = min(total, options.max_steps or total)
   every = experiment.steps_of(config.checkpoint.every_epochs)
@@ -299,6 +308,9 @@ def train(experiment: Experiment, options: RunOptions) -> TrainState:
     )
     state = _start(experiment, checkpoints, fingerprint)
     step = int(state.step)
+    if step >= last:
+      _log.info("nothing to do: step %d of %d is done already", step, last)
+      return state
     loader = stack.enter_context(
       open_loader(
         grain.MapDataset.source(mixture),
@@ -319,7 +331,9 @@ def train(experiment: Experiment, options: RunOptions) -> TrainState:
     stop = stack.enter_context(_stop_on_signals())
     stack.enter_context(jax.set_mesh(mesh))
     meter, watch = Meter(), _Watch(config.max_streak)
-    profile = _Profile(workdir, options.profile)
+    profile = stack.enter_context(
+      contextlib.closing(_Profile(workdir, options.profile))
+    )
 
     while step < last:
       with meter.waiting():
@@ -331,7 +345,7 @@ def train(experiment: Experiment, options: RunOptions) -> TrainState:
           programs.wait(shape)
       uploaded = _upload(experiment, batch)
       step += 1
-      profile.before(step)
+      profile.before(step, watch)
       with jax.transfer_guard("disallow"):
         state, metrics = programs.step(state, uploaded)
       watch.add(_Pending(step, _identify(mixture, batch), metrics))
@@ -359,6 +373,7 @@ def train(experiment: Experiment, options: RunOptions) -> TrainState:
         with meter.paused():
           checkpoints.save(state, {"data": fingerprint})
       if stopping:
+        _log.info("stopped at step %d of %d", step, total)
         break
     checkpoints.wait()
   return state

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from point3r_jax.params import param_shapes
 from point3r_jax.streaming import Prediction
 from point3r_jax.training.experiment import Experiment
-from point3r_jax.training.sharding import batch_sharding, replicated
+from point3r_jax.training.sharding import AXES, batch_sharding, replicated
 from point3r_jax.training.state import TrainState
 from point3r_jax.training.step import FLAGS, sequence_loss, train_step
 
@@ -160,10 +161,16 @@ class Programs:
 def make_predict(
   experiment: Experiment,
 ) -> Callable[[dict, dict[str, jax.Array]], Prediction]:
-  """Returns a jitted function of parameters and a batch to predictions."""
+  """Returns a jitted function of parameters and a batch to predictions.
+
+  They are (T, B, …), split over the devices along B.
+  """
 
   def predict(params, batch):
     _, (_, prediction) = sequence_loss(experiment.step, params, batch)
     return prediction
 
-  return jax.jit(predict)
+  split = NamedSharding(experiment.mesh, PartitionSpec(None, AXES))
+  return jax.jit(
+    predict, out_shardings=split, compiler_options=compiler_options()
+  )

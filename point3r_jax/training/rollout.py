@@ -116,16 +116,9 @@ def rollout(
   else:
     parts = [(0, frames, memory.capacity)]
 
-  # Batch first: merging a sharded batch axis with T keeps it sharded.
-  tokens = model.apply(
-    {"params": params},
-    images.reshape(batch * frames, *image_size, 3),
-    method="encode",
-  )
-  tokens = tokens.reshape(batch, frames, *tokens.shape[1:]).swapaxes(0, 1)
   index = jnp.arange(frames)
 
-  def run(visible: int):
+  def run(visible: int, scanned: bool):
     def frame(memory, inputs):
       tokens, index = inputs
       if options.truncate:
@@ -142,15 +135,24 @@ def rollout(
       return advance(memory, output, options.step)
 
     if options.remat_frames:
-      # Inside a scan there is nothing to be merged with what is run again.
-      return jax.checkpoint(frame, prevent_cse=False)
+      # The compiler may merge what is run again with its first run only where
+      # a loop of one turn becomes none.
+      return jax.checkpoint(frame, prevent_cse=not scanned)
     return frame
 
   predictions = []
   with jax.default_matmul_precision(options.step.precision.matmul):
+    tokens = model.apply(
+      {"params": params},
+      images.reshape(batch * frames, *image_size, 3),
+      method="encode",
+    )
+    tokens = tokens.reshape(batch, frames, *tokens.shape[1:]).swapaxes(0, 1)
     for start, stop, visible in parts:
       memory, prediction = jax.lax.scan(
-        run(visible), memory, (tokens[start:stop], index[start:stop])
+        run(visible, stop - start > 1),
+        memory,
+        (tokens[start:stop], index[start:stop]),
       )
       predictions.append(prediction)
   return memory, jax.tree.map(lambda *x: jnp.concatenate(x), *predictions)

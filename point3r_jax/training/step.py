@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -57,10 +56,13 @@ def sequence_loss(
     params: float32, in the model's layout.
     batch: arrays with leading axes B, T (see `data.record`).
   """
-  # Cast once, like autocast: gradients of a frame are added up in the policy's
-  # type, and only then become float32.
-  params = cast_params(params, config.rollout.step.precision)
-  run = functools.partial(rollout, config.model, config.rollout)
+
+  def run(params, images):
+    # Cast once, like autocast: gradients of frames are added up in the policy's
+    # type, become float32, and are then summed over devices.
+    params = cast_params(params, config.rollout.step.precision)
+    return rollout(config.model, config.rollout, params, images)
+
   memory, prediction = on_each_part(run)(params, batch["image"])
   depth, intrinsics, poses = (
     batch[name].swapaxes(0, 1)

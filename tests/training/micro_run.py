@@ -30,7 +30,8 @@ def get_config() -> ConfigDict:
   c.loader.workers = 0
   c.log.every = 1
   c.log.panel_every = 0
-  c.optimizer.warmup_epochs = 0.5
+  c.optimizer.lr = 1e-3
+  c.optimizer.warmup_epochs = 0.2
   c.optimizer.ema_decay = 0.9
   c.checkpoint.every_epochs = 2 / STEPS
   c.datasets.synthetic.samples = 2 * STEPS

@@ -10,18 +10,21 @@ import sys
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import point3r_jax as p3r
 from point3r_jax.checkpoints import CheckpointError
 from point3r_jax.config import PRESETS
+from point3r_jax.params import stack_layers
 from point3r_jax.training import loop
 from point3r_jax.training.experiment import open_experiment
 from point3r_jax.training.loop import RunOptions, TrainingError, train
-from point3r_jax.training.programs import Programs
+from point3r_jax.training.programs import Programs, lower_step
+from point3r_jax.training.sharding import batch_sharding
 from tests import micro
-from tests.training import micro_run
+from tests.training import batches, micro_run
 from tests.training.micro_run import STEPS
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -88,6 +91,14 @@ def test_a_run_writes_what_others_read(straight):
   assert (kernel != average["key_head"]["hidden"]["kernel"]).any()
 
 
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(straight, tmp_path):
+  train(experiment(), RunOptions(tmp_path, max_steps=3))
+  state = train(experiment(), RunOptions(tmp_path))
+  chex.assert_trees_all_equal(jax.device_get(state), straight[0])
+  assert losses(tmp_path) == losses(straight[1])
+
+
+@pytest.mark.slow
 def test_a_killed_run_goes_on_as_if_nothing_had_been(straight, tmp_path):
   process = start(tmp_path, KILL_AT_STEP="5")
   output, _ = process.communicate(timeout=300)
@@ -118,6 +129,61 @@ def test_two_processes_train_as_one(straight, tmp_path):
   np.testing.assert_allclose(losses(tmp_path), losses(straight[1]), rtol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def steps(straight):
+  """Returns a first state, and the step that the runs here take."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(PRESETS, "micro", micro.CONFIG)
+    run = experiment()
+    program = lower_step(run, (2, *micro.IMAGE_SIZE)).compile()
+    params = jax.tree.map(np.asarray, stack_layers(micro.params()))
+    state = run.maker.init(params)
+
+  def step(state, batch):
+    # The program donates its state.
+    batch = jax.device_put(batch, batch_sharding(run.mesh))
+    return program(jax.tree.map(jnp.copy, state), batch)
+
+  return state, step
+
+
+def test_steps_lower_the_loss(steps):
+  state, step = steps
+  batch, found = batches.batch(2, 2), []
+  for _ in range(8):
+    state, metrics = step(state, batch)
+    found.append(float(metrics["loss"]))
+  assert found[-1] < found[0] - 0.1
+  assert int(state.step) == 8 and not int(state.skipped)
+  assert metrics["pointers"] > micro.TOKENS
+
+
+def test_batches_that_are_not_finite_change_nothing_but_the_counts(steps):
+  start, step = steps
+  good, bad = batches.batch(2, 2), batches.batch(2, 2)
+  bad["camera_to_world"][0, 1, 0, 3] = np.nan
+  state, metrics = step(start, bad)
+  assert not np.isfinite(metrics["loss"])
+  chex.assert_trees_all_equal(
+    (state.params, state.opt_state, state.ema),
+    (start.params, start.opt_state, start.ema),
+  )
+  state, _ = step(state, bad)
+  assert (int(state.step), int(state.skipped), int(state.streak)) == (2, 2, 2)
+  state, _ = step(state, good)
+  assert (int(state.skipped), int(state.streak)) == (2, 0)
+  after, _ = step(start, good)
+  chex.assert_trees_all_equal(state.opt_state, after.opt_state)
+
+
+def test_the_order_of_a_batch_does_not_matter(steps):
+  state, step = steps
+  batch = batches.batch(2, 2)
+  swapped = jax.tree.map(lambda x: x[::-1], batch)
+  one, other = step(state, batch)[1], step(state, swapped)[1]
+  np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-5)
+
+
 def test_other_data_or_another_model_are_refused(straight):
   _, workdir = straight
   with pytest.raises(CheckpointError, match=r"batch_size was 2 and is 4"):
@@ -140,6 +206,12 @@ def test_a_run_stops_when_nothing_is_finite_any_more(
 
   class Diverged(Programs):
     streak = 0
+
+    def __init__(self, experiment, ahead):
+      super().__init__(experiment)
+
+    def wait(self, shape):
+      pass
 
     def step(self, state, batch):
       self.streak += 1

@@ -21,7 +21,7 @@ from tests import micro
 from tests.training import batches
 
 CONFIG = batches.step_config()
-MESHES = [(8, 1), (1, 8), (2, 4)]
+MESHES = [(8, 1), pytest.param((1, 8), marks=pytest.mark.slow), (2, 4)]
 
 
 @pytest.fixture(autouse=True)
