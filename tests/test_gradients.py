@@ -4,12 +4,14 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import point3r_jax as p3r
 from point3r_jax import streaming
 from tests import micro
 
 
+@pytest.mark.slow  # The published gradients are compared in tests/training.
 def test_gradients_through_time_are_finite_and_equal_to_an_unrolled_loop():
   images = micro.images(4, 1)
   options = p3r.StepOptions(precision="float32", heads="world")
