@@ -22,7 +22,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.traverse_util
 import jax
 import orbax.checkpoint as ocp
 
@@ -36,6 +35,7 @@ from point3r_jax.params import (
   cast_params,
   flat_shapes,
   init_params,
+  merge,
   param_shapes,
   stack_layers,
   unstack_layers,
@@ -262,9 +262,7 @@ def load_params_to_host(
   config, _ = read_config(directory)
   params = read_arrays(arrays / PARAMS)
   if ema:  # Of the trained parameters only; the others did not change.
-    flatten = flax.traverse_util.flatten_dict
-    average = flatten(read_arrays(arrays / EMA))
-    params = flax.traverse_util.unflatten_dict(flatten(params) | average)
+    params = merge(params, read_arrays(arrays / EMA))
   check_params(config, params)
   if config.scan_layers:
     config, params = config.replace(scan_layers=False), unstack_layers(params)

@@ -112,6 +112,12 @@ def flat_shapes(params: Mapping[str, Any]) -> dict[str, Shape]:
   return {path: tuple(leaf.shape) for path, leaf in flat.items()}
 
 
+def merge(params: Mapping[str, Any], others: Mapping[str, Any]) -> dict:
+  """Joins two parameter trees; where both have a leaf, that of `others`."""
+  flatten = flax.traverse_util.flatten_dict
+  return flax.traverse_util.unflatten_dict(flatten(params) | flatten(others))
+
+
 def cast_params(params: dict, precision: str | Precision) -> dict:
   """Casts parameters to the types that a policy multiplies in.
 

@@ -114,7 +114,7 @@ def split_frozen(params: dict, freeze: Sequence[str]) -> tuple[dict, dict]:
     freeze: see `OptimizerOptions`.
 
   Returns:
-    Two nested dictionaries that `merge` joins again.
+    Two nested dictionaries that `params.merge` joins again.
 
   Raises:
     ValueError: for an expression that no parameter matches.
@@ -133,9 +133,3 @@ def split_frozen(params: dict, freeze: Sequence[str]) -> tuple[dict, dict]:
     flax.traverse_util.unflatten_dict(part, sep="/")
     for part in (trained, frozen)
   )
-
-
-def merge(trained: dict, frozen: dict) -> dict:
-  """Undoes `split_frozen`."""
-  flatten = flax.traverse_util.flatten_dict
-  return flax.traverse_util.unflatten_dict(flatten(trained) | flatten(frozen))

@@ -26,11 +26,11 @@ import jax
 from jax.experimental import topologies
 
 from point3r_jax.data.errors import InputError, one_line
-from point3r_jax.params import param_shapes
+from point3r_jax.params import merge, param_shapes
 from point3r_jax.training.collectives import Collectives, count_collectives
 from point3r_jax.training.experiment import Experiment
 from point3r_jax.training.flops import count_flops
-from point3r_jax.training.optimizer import merge, split_frozen
+from point3r_jax.training.optimizer import split_frozen
 from point3r_jax.training.programs import (
   abstract_state,
   batch_shapes,

@@ -7,7 +7,6 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -29,7 +28,6 @@ _GPU_OPTIONS = {
   "xla_gpu_enable_triton_gemm": False,
   "xla_gpu_enable_command_buffer": "",
 }
-
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +75,9 @@ def lower_step(experiment: Experiment, shape: Shape) -> jax.stages.Lowered:
     return step.lower(state, batch_shapes(experiment, shape))
 
 
-def _compile_step(experiment: Experiment, shape: Shape, reason: str) -> Any:
+def _compile_step(
+  experiment: Experiment, shape: Shape, reason: str
+) -> jax.stages.Compiled:
   views, height, width = shape
   _log.info(
     "compiling the step for %d views of %dx%d (%s)",
@@ -119,16 +119,18 @@ class Programs:
     for shape in ahead:
       self._submit(shape, "ahead")
 
-  def _submit(self, shape: Shape, reason: str) -> None:
+  def _submit(
+    self, shape: Shape, reason: str
+  ) -> concurrent.futures.Future[jax.stages.Compiled]:
     if shape not in self._programs:
       self._programs[shape] = self._executor.submit(
         _compile_step, self._experiment, shape, reason
       )
+    return self._programs[shape]
 
-  def wait(self, shape: Shape) -> None:
-    """Waits until the program of a shape is compiled."""
-    self._submit(shape, "first use")
-    self._programs[shape].result()
+  def wait(self, shape: Shape) -> jax.stages.Compiled:
+    """Returns the program of a shape; waits until it is compiled."""
+    return self._submit(shape, "first use").result()
 
   def step(
     self, state: TrainState, batch: dict[str, jax.Array]
@@ -137,9 +139,7 @@ class Programs:
 
     Waits if its program is not compiled yet. The state is donated.
     """
-    shape = tuple(batch["depth"].shape[1:])
-    self.wait(shape)
-    return self._programs[shape].result()(state, batch)
+    return self.wait(batch["depth"].shape[1:])(state, batch)
 
   def is_ready(self, shape: Shape) -> bool:
     """Returns whether the program of a shape is compiled."""

@@ -10,12 +10,11 @@ import optax
 
 from point3r_jax.config import ModelConfig
 from point3r_jax.losses import LossOptions, make_targets, point3r_loss
-from point3r_jax.params import cast_params
+from point3r_jax.params import cast_params, merge
 from point3r_jax.streaming import Prediction
 from point3r_jax.training.optimizer import (
   OptimizerOptions,
   learning_rate,
-  merge,
   split_frozen,
 )
 from point3r_jax.training.rollout import RolloutOptions, rollout

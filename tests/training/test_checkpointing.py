@@ -12,13 +12,12 @@ import pytest
 
 import point3r_jax as p3r
 from point3r_jax.checkpoints import load_metadata
-from point3r_jax.params import param_shapes, stack_layers
+from point3r_jax.params import merge, param_shapes, stack_layers
 from point3r_jax.training.checkpointing import Checkpoints, check_resume
 from point3r_jax.training.initialization import initial_params
 from point3r_jax.training.optimizer import (
   OptimizerOptions,
   make_optimizer,
-  merge,
 )
 from point3r_jax.training.sharding import make_mesh
 from point3r_jax.training.state import StateMaker

@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 
 from point3r_jax.config import ModelConfig, preset
 from point3r_jax.convert.names import weight_table
-from point3r_jax.params import stack_layers
+from point3r_jax.params import merge, stack_layers
 from point3r_jax.training.optimizer import (
   OptimizerOptions,
   decay_mask,
   learning_rate,
   make_optimizer,
-  merge,
   split_frozen,
 )
 from point3r_jax.training.sharding import make_mesh

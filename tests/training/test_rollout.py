@@ -13,9 +13,9 @@ import pytest
 import point3r_jax as p3r
 from point3r_jax.convert.names import weight_table
 from point3r_jax.losses import LossOptions, point3r_loss
-from point3r_jax.params import stack_layers, unstack_layers
+from point3r_jax.params import merge, stack_layers, unstack_layers
 from point3r_jax.streaming import StepOptions
-from point3r_jax.training.optimizer import merge, split_frozen
+from point3r_jax.training.optimizer import split_frozen
 from point3r_jax.training.rollout import RolloutOptions, rollout, segments
 from tests import goldens, micro
 
