@@ -124,7 +124,10 @@ def test_calls_do_not_wait_when_they_need_not(monkeypatch):
   assert 0 < len(waited) < 2 * FRAMES
 
 
-def test_300_frames_compile_once_per_capacity(monkeypatch):
+@pytest.mark.parametrize(
+  "frames", [60, pytest.param(300, marks=pytest.mark.slow)]
+)
+def test_a_long_stream_compiles_once_per_capacity(monkeypatch, frames):
   """Traces are counted by chex, compilations by what JAX reports."""
   config, params = goldens.seeded_params("small", salt=2)
   clip = goldens.load_golden("small_long").images[:, 0]
@@ -141,7 +144,7 @@ def test_300_frames_compile_once_per_capacity(monkeypatch):
 
   used = set()
   try:
-    for frame in range(300):
+    for frame in range(frames):
       if frame == 1:
         jax.monitoring.register_event_duration_secs_listener(listen)
       stream(clip[frame % len(clip)])

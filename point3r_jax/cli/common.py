@@ -39,13 +39,23 @@ def run(program: Callable[[], int | None]) -> int:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
+    _ignore_interrupts()
     print("interrupted", file=sys.stderr)
     return INTERRUPTED
 
 
+def _ignore_interrupts() -> None:
+  """Lets a process that is ending anyway end in order."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def stop_on_interrupt() -> Iterator[threading.Event]:
-  """Turns Ctrl-C into an event, so that what was begun can be finished."""
+  """Turns Ctrl-C into an event, so that what was begun can be finished.
+
+  A program that was stopped is about to end: further Ctrl-C are ignored until
+  it has, so the interpreter's own end is not cut short either.
+  """
   stop = threading.Event()
   if threading.current_thread() is not threading.main_thread():
     yield stop  # Signals are not this thread's.
@@ -60,4 +70,7 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
   try:
     yield stop
   finally:
-    signal.signal(signal.SIGINT, previous)
+    if stop.is_set():
+      _ignore_interrupts()
+    else:
+      signal.signal(signal.SIGINT, previous)

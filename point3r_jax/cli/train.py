@@ -12,7 +12,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from point3r_jax.cli.common import run
+from point3r_jax.cli.common import INTERRUPTED, run
 from point3r_jax.data.errors import InputError
 
 # Exit code of a run that cannot go on; restarting it will not help.
@@ -124,12 +124,14 @@ def _train() -> int:
   if jax.process_index():
     logging.getLogger("point3r_jax").setLevel(logging.WARNING)
   options = RunOptions(_WORKDIR.value, _MAX_STEPS.value, profile)
+  experiment = open_experiment(_CONFIG.value)
   try:
-    train(open_experiment(_CONFIG.value), options)
+    state = train(experiment, options)
   except TrainingError as error:
     print(f"error: {error}", file=sys.stderr)
     return _DIVERGED
-  return 0
+  last = min(experiment.total_steps, options.max_steps or sys.maxsize)
+  return 0 if int(state.step) >= last else INTERRUPTED
 
 
 def _program() -> int:

@@ -43,6 +43,19 @@ _FACTORIES: dict[str, Callable[..., SequenceSource] | None] = {
 }
 
 
+def register_dataset(
+  name: str, factory: Callable[..., SequenceSource]
+) -> None:
+  """Lets configs ask for a dataset by name.
+
+  Args:
+    name: to use in configs.
+    factory: takes the config's fields as arguments and opens the dataset.
+      Registered again, the later one counts.
+  """
+  _FACTORIES[name] = factory
+
+
 def _open_source(name: str, options: Mapping[str, Any]) -> SequenceSource:
   """Opens one dataset; raises an `InputError` or what its reader raises."""
   if name not in _FACTORIES:

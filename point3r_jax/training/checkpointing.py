@@ -235,23 +235,29 @@ def check_resume(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     {name: value for name, value in data.items() if name != "epochs"}
     for data in (there, here)
   )
-  differences = list(_differences("", there, here))
-  if differences:
+  changed = list(differences(there, here))
+  if changed:
     raise CheckpointError(
       "the data are not those that this run was started with: "
-      f"{'; '.join(differences)}. Go on with the former ones, or {_START_ANEW}"
+      f"{'; '.join(changed)}. Go on with the former ones, or {_START_ANEW}"
     )
 
 
-def _differences(name: str, there: Any, here: Any) -> Iterator[str]:
-  """Yields how JSON values differ, as deep down as can be said."""
+def differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
+  """Yields how JSON values differ, as deep down as can be said.
+
+  Args:
+    there: what was saved.
+    here: what is now.
+    name: what to call the whole.
+  """
   if isinstance(there, dict) and isinstance(here, dict):
     for key in sorted(there.keys() | here.keys()):
       path = f"{name}.{key}" if name else key
-      yield from _differences(path, there.get(key), here.get(key))
+      yield from differences(there.get(key), here.get(key), path)
   elif _is_list(there) and _is_list(here) and len(there) == len(here):
     for i, pair in enumerate(zip(there, here, strict=True)):
-      yield from _differences(f"{name}[{i}]", *pair)
+      yield from differences(*pair, f"{name}[{i}]")
   elif there != here:
     yield f"{name} was {there} and is {here}"
 
@@ -269,10 +275,10 @@ def _check_workdir(workdir: pathlib.Path, model: ModelConfig) -> None:
     )
   if not steps_in(workdir):
     return
-  differences = config_differences(read_config(workdir)[0], model)
-  if differences:
+  changed = config_differences(read_config(workdir)[0], model)
+  if changed:
     raise CheckpointError(
-      f"{workdir} is of a run with another model: {differences}. Go on with "
+      f"{workdir} is of a run with another model: {changed}. Go on with "
       f"that model, or {_START_ANEW}"
     )
 

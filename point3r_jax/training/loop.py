@@ -7,11 +7,12 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import pathlib
 import signal
 import threading
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -20,7 +21,12 @@ import numpy as np
 from point3r_jax.data.loader import open_loader
 from point3r_jax.data.mixture import Mixture
 from point3r_jax.data.record import Record
-from point3r_jax.training.checkpointing import Checkpoints, check_resume
+from point3r_jax.folder_lock import lock_folder
+from point3r_jax.training.checkpointing import (
+  Checkpoints,
+  check_resume,
+  differences,
+)
 from point3r_jax.training.experiment import (
   Experiment,
   dataset_options,
@@ -105,8 +111,8 @@ class _Watch:
   def read(self) -> dict[str, float]:
     """Waits for all steps; returns their metrics since it was last called.
 
-    Losses, errors and gradients are means over the steps that were not skipped;
-    the rest is the last step's.
+    Losses, errors and gradients are means over the steps that were not skipped,
+    the overflow is their sum; the rest is the last step's.
     """
     self.drain()
     steps, self._interval = self._interval, []
@@ -116,7 +122,8 @@ class _Watch:
       for name in steps[-1]
       if name.startswith(_AVERAGED)
     }
-    return steps[-1] | means
+    overflow = sum(metrics["overflow"] for metrics in good)
+    return steps[-1] | means | {"overflow": overflow}
 
   def _look(self) -> None:
     pending = self._pending.popleft()
@@ -147,6 +154,7 @@ class _Watch:
 def _stop_on_signals() -> Iterator[threading.Event]:
   """Turns SIGTERM and Ctrl-C into an event: the step is finished and saved.
 
+  A second one ends the process at once, for a compilation cannot be stopped.
   Processes that train together have to stop together: there `jax.distributed`
   hears of SIGTERM, see `Checkpoints.reached_preemption`.
   """
@@ -157,7 +165,11 @@ def _stop_on_signals() -> Iterator[threading.Event]:
     return
 
   def handle(number, _):
-    _log.warning("%s: stopping after a checkpoint", signal.Signals(number).name)
+    name = signal.Signals(number).name
+    if stop.is_set():
+      _log.warning("%s again: ending without a checkpoint", name)
+      os._exit(128 + number)
+    _log.warning("%s: stopping after a checkpoint", name)
     stop.set()
 
   signals = (signal.SIGTERM, signal.SIGINT)
@@ -217,14 +229,22 @@ def _upload(experiment: Experiment, batch: Record) -> dict[str, jax.Array]:
 
 
 def _start(
-  experiment: Experiment, checkpoints: Checkpoints, fingerprint: dict
+  experiment: Experiment, checkpoints: Checkpoints, meta: dict[str, Any]
 ) -> TrainState:
-  """Resumes the workdir's run, or initialises a new one."""
+  """Resumes the workdir's run, or initialises a new one.
+
+  Args:
+    experiment: the run.
+    checkpoints: of its workdir.
+    meta: what is saved with each checkpoint.
+  """
   restored = checkpoints.restore(abstract_state(experiment))
   if restored is not None:
-    state, meta = restored
-    check_resume(meta["data"], fingerprint)
+    state, before = restored
+    check_resume(before["data"], meta["data"])
     _log.info("resumed at step %d", int(state.step))
+    for change in differences(before["config"], meta["config"]):
+      _log.info("changed since that step: %s", change)
     return state
   config = experiment.config
   params, notes = initial_params(
@@ -286,9 +306,13 @@ def train(experiment: Experiment, options: RunOptions) -> TrainState:
   """
   config, mesh = experiment.config, experiment.mesh
   mixture = make_mixture(config)
-  fingerprint = mixture.fingerprint() | {
-    "options": dataset_options(config),
-    "accumulate": config.optimizer.accumulate,
+  meta = {
+    "config": json.loads(config.to_json_best_effort()),
+    "data": mixture.fingerprint()
+    | {
+      "options": dataset_options(config),
+      "accumulate": config.optimizer.accumulate,
+    },
   }
   total = experiment.total_steps
   last = min(total, options.max_steps or total)
@@ -297,16 +321,18 @@ def train(experiment: Experiment, options: RunOptions) -> TrainState:
   workdir = pathlib.Path(options.workdir)
 
   with contextlib.ExitStack() as stack:
+    if jax.process_index() == 0:
+      stack.enter_context(lock_folder(workdir))
     checkpoints = stack.enter_context(
       Checkpoints(
         workdir,
         experiment.step.model,
-        metadata={"config": json.loads(config.to_json_best_effort())},
+        metadata={"config": meta["config"]},
         keep_last=config.checkpoint.keep_last,
         keep_every=keep_every,
       )
     )
-    state = _start(experiment, checkpoints, fingerprint)
+    state = _start(experiment, checkpoints, meta)
     step = int(state.step)
     if step >= last:
       _log.info("nothing to do: step %d of %d is done already", step, last)
@@ -371,7 +397,7 @@ def train(experiment: Experiment, options: RunOptions) -> TrainState:
       if stopping or step == last or due:
         watch.drain()
         with meter.paused():
-          checkpoints.save(state, {"data": fingerprint})
+          checkpoints.save(state, meta)
       if stopping:
         _log.info("stopped at step %d of %d", step, total)
         break

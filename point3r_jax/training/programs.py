@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from point3r_jax.data.errors import one_line
 from point3r_jax.params import param_shapes
 from point3r_jax.streaming import Prediction
 from point3r_jax.training.experiment import Experiment
@@ -98,6 +99,16 @@ def _compile_step(
   return compiled
 
 
+def _log_failure(shape: Shape, program: concurrent.futures.Future) -> None:
+  """Says at once what else would be known only when the program is needed."""
+  if not program.cancelled() and program.exception():
+    _log.error(
+      "the step for %d views of %dx%d cannot be compiled: %s",
+      *shape,
+      one_line(program.exception()),
+    )
+
+
 class Programs:
   """Training steps by the shape of their batch.
 
@@ -125,6 +136,9 @@ class Programs:
     if shape not in self._programs:
       self._programs[shape] = self._executor.submit(
         _compile_step, self._experiment, shape, reason
+      )
+      self._programs[shape].add_done_callback(
+        functools.partial(_log_failure, shape)
       )
     return self._programs[shape]
 

@@ -1,6 +1,7 @@
 """Whole runs: killed, resumed, on several processes, and stopped by NaN."""
 
 import json
+import logging
 import os
 import pathlib
 import signal
@@ -17,11 +18,14 @@ import pytest
 import point3r_jax as p3r
 from point3r_jax.checkpoints import CheckpointError
 from point3r_jax.config import PRESETS
+from point3r_jax.data.errors import InputError
+from point3r_jax.folder_lock import lock_folder
 from point3r_jax.params import stack_layers
-from point3r_jax.training import loop
+from point3r_jax.training import loop, programs
 from point3r_jax.training.experiment import open_experiment
+from point3r_jax.training.logs import MetricLog
 from point3r_jax.training.loop import RunOptions, TrainingError, train
-from point3r_jax.training.programs import Programs, lower_step
+from point3r_jax.training.programs import Programs
 from point3r_jax.training.sharding import batch_sharding
 from tests import micro
 from tests.training import batches, micro_run
@@ -30,9 +34,22 @@ from tests.training.micro_run import STEPS
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def preset(monkeypatch):
-  monkeypatch.setitem(PRESETS, "micro", micro.CONFIG)
+@pytest.fixture(autouse=True, scope="module")
+def environment():
+  """Knows the micro model; compiles a step once for all runs of this file."""
+  compile_step, compiled = programs._compile_step, {}
+
+  def compile_once(experiment, shape, reason):
+    optimizer = experiment.config.optimizer.to_json_best_effort()
+    key = experiment.step, optimizer, experiment.config.batch_size, shape
+    if key not in compiled:
+      compiled[key] = compile_step(experiment, shape, reason)
+    return compiled[key]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(PRESETS, "micro", micro.CONFIG)
+    patch.setattr(programs, "_compile_step", compile_once)
+    yield
 
 
 def experiment(**changes):
@@ -69,9 +86,7 @@ def losses(workdir) -> list[float]:
 def straight(tmp_path_factory):
   """A run that nothing disturbs: its state and directory."""
   workdir = tmp_path_factory.mktemp("straight")
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(PRESETS, "micro", micro.CONFIG)
-    state = train(experiment(), RunOptions(workdir))
+  state = train(experiment(), RunOptions(workdir))
   return jax.device_get(state), workdir
 
 
@@ -91,11 +106,33 @@ def test_a_run_writes_what_others_read(straight):
   assert (kernel != average["key_head"]["hidden"]["kernel"]).any()
 
 
-def test_an_interrupted_run_goes_on_as_if_nothing_had_been(straight, tmp_path):
-  train(experiment(), RunOptions(tmp_path, max_steps=3))
-  state = train(experiment(), RunOptions(tmp_path))
+@pytest.mark.parametrize(
+  "number",
+  [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+)
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
+  straight, tmp_path, monkeypatch, caplog, number
+):
+  def write_and_signal(self, step, values):
+    write(self, step, values)
+    if step == 3:
+      os.kill(os.getpid(), number)
+
+  write = MetricLog.write
+  with monkeypatch.context() as patch:
+    patch.setattr(MetricLog, "write", write_and_signal)
+    assert int(train(experiment(), RunOptions(tmp_path)).step) == 3
+  with caplog.at_level(logging.INFO):
+    state = train(experiment(max_streak=7), RunOptions(tmp_path))
+  assert "changed since that step: max_streak was 10 and is 7" in caplog.text
   chex.assert_trees_all_equal(jax.device_get(state), straight[0])
   assert losses(tmp_path) == losses(straight[1])
+
+
+def test_max_steps_ends_a_run_and_a_second_run_waits(straight, tmp_path):
+  with lock_folder(tmp_path), pytest.raises(InputError, match="is in use by"):
+    train(experiment(), RunOptions(tmp_path))
+  assert int(train(experiment(), RunOptions(tmp_path, max_steps=1)).step) == 1
 
 
 @pytest.mark.slow
@@ -132,12 +169,10 @@ def test_two_processes_train_as_one(straight, tmp_path):
 @pytest.fixture(scope="module")
 def steps(straight):
   """Returns a first state, and the step that the runs here take."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(PRESETS, "micro", micro.CONFIG)
-    run = experiment()
-    program = lower_step(run, (2, *micro.IMAGE_SIZE)).compile()
-    params = jax.tree.map(np.asarray, stack_layers(micro.params()))
-    state = run.maker.init(params)
+  run = experiment()
+  program = Programs(run).wait((2, *micro.IMAGE_SIZE))
+  params = jax.tree.map(np.asarray, stack_layers(micro.params()))
+  state = run.maker.init(params)
 
   def step(state, batch):
     # The program donates its state.
@@ -215,8 +250,8 @@ def test_a_run_stops_when_nothing_is_finite_any_more(
 
     def step(self, state, batch):
       self.streak += 1
-      names = ("loss", "grad_norm", "streak")
-      values = (np.nan, np.nan, self.streak)
+      names = ("loss", "grad_norm", "overflow", "streak")
+      values = (np.nan, np.nan, 0, self.streak)
       return state, dict(zip(names, jax.device_put(values), strict=True))
 
   monkeypatch.setattr(loop, "Programs", Diverged)
