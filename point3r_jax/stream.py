@@ -1,22 +1,25 @@
-"""A live stream on the host: holds the memory, makes room ahead of need."""
+"""Live streams on the host: hold the memory, make room ahead of need."""
 
 from __future__ import annotations
 
 import collections
 import concurrent.futures
+import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from point3r_jax.config import ModelConfig
 from point3r_jax.memory import (
   PointerMemory,
   grow,
   init_memory,
+  reset,
   round_capacity,
 )
 from point3r_jax.params import cast_params
@@ -29,6 +32,8 @@ from point3r_jax.streaming import (
 
 # How full the memory is when the next capacity is compiled in the background.
 _COMPILE_AHEAD = 0.5
+# The mesh's axis, along which streams are divided among devices.
+_AXIS = "stream"
 
 
 class _Program(NamedTuple):
@@ -48,7 +53,8 @@ class _Counts:
   """Pointer counts as the host knows them: some frames behind the device."""
 
   def __init__(self, tokens: int):
-    self.known = 0  # Pointers after the last finished frame that was read.
+    # Of the fullest memory, after the last finished frame that was read.
+    self.known = 0
     self.overflow = 0
     self._tokens = tokens
     self._pending = collections.deque()
@@ -77,11 +83,11 @@ class _Counts:
     ):
       # Not count[0]: on the device that would queue behind later frames.
       count, overflow = (np.asarray(x) for x in self._pending.popleft())
-      self.known, self.overflow = int(count[0]), int(overflow[0])
+      self.known, self.overflow = int(count.max()), int(overflow.sum())
 
 
 class Stream:
-  """Feeds one image after the other to a model; batch 1.
+  """Feeds one image after the other to a model, or to several side by side.
 
   The step is compiled once per capacity. Before a frame could overflow the
   memory it grows by half, without losing a pointer; the larger step has by then
@@ -93,19 +99,25 @@ class Stream:
     for image in images:
       prediction = stream(image)
 
+  With a `batch_size` of B it is B streams that have nothing to do with each
+  other but take their frames at the same time; each may start anew at any of
+  them. They share one capacity, the largest that one of them needs.
+
   Attributes:
     config: the model's sizes.
     options: the step's options.
     image_size: (H, W) of the images.
+    batch_size: B, streams side by side.
     memory: the `PointerMemory` after the last frame. The next frame takes over
       its buffers: copy what you want to keep.
-    frames: images seen since the last reset.
+    frames: frames seen since all streams were reset.
     compile_seconds: seconds that each capacity's step took to compile.
   """
 
   config: ModelConfig
   options: StepOptions
   image_size: tuple[int, int]
+  batch_size: int
   memory: PointerMemory
   frames: int
   compile_seconds: dict[int, float]
@@ -116,6 +128,8 @@ class Stream:
     params: dict,
     image_size: tuple[int, int],
     *,
+    batch_size: int = 1,
+    devices: Sequence[jax.Device] | None = None,
     capacity: int | None = None,
     max_capacity: int | None = None,
     **options,
@@ -126,6 +140,9 @@ class Stream:
       config: the model's sizes.
       params: nested dictionary, see `load_checkpoint`.
       image_size: (H, W), multiples of the patch size.
+      batch_size: B, streams side by side.
+      devices: to divide the streams among, equally many each; None: the default
+        device.
       capacity: pointers to start with room for; default: four frames' tokens.
       max_capacity: where growth stops; pointers beyond are merged into their
         nearest, counted in `overflow` and warned about. None: no limit.
@@ -137,7 +154,19 @@ class Stream:
     self.config = config
     self.options = StepOptions(**options)
     self.image_size = tuple(image_size)
-    self.memory = init_memory(config, 1, self.image_size, capacity)
+    self.batch_size = batch_size
+    if batch_size < 1 or (devices and batch_size % len(devices)):
+      raise ValueError(
+        f"{batch_size} streams cannot be divided equally among "
+        f"{len(devices or [None])} devices"
+      )
+    self._split = None
+    if devices:
+      mesh = jax.make_mesh(
+        (len(devices),), (_AXIS,), (AxisType.Auto,), devices=devices
+      )
+      self._split = NamedSharding(mesh, PartitionSpec(_AXIS))
+    self.memory = self._init_memory(capacity)
     if max_capacity is not None and max_capacity < self.memory.capacity:
       raise ValueError(
         f"max_capacity {max_capacity} is below the first capacity "
@@ -146,14 +175,37 @@ class Stream:
     self.frames = 0
     self.compile_seconds = {}
     self._max_capacity = max_capacity
-    self._params = jax.device_put(cast_params(params, self.options.precision))
+    self._params = jax.device_put(
+      cast_params(params, self.options.precision),
+      self._split and NamedSharding(self._split.mesh, PartitionSpec()),
+    )
     self._tokens = self.memory.image_position.shape[1]
-    self._step = jax.jit(step_fn, static_argnums=(0, 1), donate_argnums=3)
-    self._grow = jax.jit(grow, static_argnums=1)
+    self._step = jax.jit(self._make_step(), donate_argnums=1)
+    self._grow = jax.jit(grow, static_argnums=1, out_shardings=self._split)
+    self._clear = jax.jit(reset, donate_argnums=0, out_shardings=self._split)
     self._programs = {}
     self._compiler = concurrent.futures.ThreadPoolExecutor(1, "compile-ahead")
     self._counts = _Counts(self._tokens)
     self._warned = False
+
+  def _make_step(self) -> Callable[..., tuple[PointerMemory, Prediction]]:
+    """Returns the step; every device takes its own streams through it."""
+    step = functools.partial(step_fn, self.config, self.options)
+    if self._split is None:
+      return step
+    return jax.shard_map(
+      step,
+      mesh=self._split.mesh,
+      in_specs=(PartitionSpec(), self._split.spec, self._split.spec),
+      out_specs=self._split.spec,
+      check_vma=False,
+    )
+
+  def _init_memory(self, capacity: int | None) -> PointerMemory:
+    memory = init_memory(
+      self.config, self.batch_size, self.image_size, capacity
+    )
+    return jax.device_put(memory, self._split) if self._split else memory
 
   @property
   def capacity(self) -> int:
@@ -162,17 +214,24 @@ class Stream:
 
   @property
   def pointer_count(self) -> int:
-    """Pointers in memory; waits for the last frame."""
-    return int(np.asarray(self.memory.count)[0])
+    """Pointers in memory, the fullest one's; waits for the last frame."""
+    return int(np.asarray(self.memory.count).max())
 
   @property
   def overflow(self) -> int:
     """Pointers merged for lack of room since reset; waits for the frame."""
-    return int(np.asarray(self.memory.overflow)[0])
+    return int(np.asarray(self.memory.overflow).sum())
 
-  def reset(self) -> None:
-    """Forgets everything: the next image is a first frame again."""
-    self.memory = init_memory(self.config, 1, self.image_size, self.capacity)
+  def reset(self, which: np.ndarray | None = None) -> None:
+    """Forgets everything: the next image is a first frame again.
+
+    Args:
+      which: (B,) bool, the streams that forget; None: all.
+    """
+    if which is not None:
+      self.memory = self._clear(self.memory, which)
+      return
+    self.memory = self._init_memory(self.capacity)
     self.frames = 0
     self._counts = _Counts(self._tokens)
     self._warned = False
@@ -182,22 +241,23 @@ class Stream:
     concurrent.futures.wait(self._programs.values())
 
   def __call__(self, image: np.ndarray | jax.Array) -> Prediction:
-    """Takes the next image.
+    """Takes the next image of each stream.
 
     Args:
-      image: (H, W, 3) or (1, H, W, 3), uint8, or float32 in [-1, 1]; RGB.
+      image: (B, H, W, 3), uint8, or float32 in [-1, 1]; RGB. A single stream
+        also takes (H, W, 3).
 
     Returns:
-      The prediction, with a leading axis of 1.
+      The prediction, with a leading axis of B.
 
     Raises:
       ValueError: if the image does not have the stream's size or a known type.
     """
     image = image[None] if image.ndim == 3 else image
-    if image.shape != (1, *self.image_size, 3):
+    shape = (self.batch_size, *self.image_size, 3)
+    if image.shape != shape:
       raise ValueError(
-        f"this stream takes images of shape {(*self.image_size, 3)}, got "
-        f"{tuple(image.shape)}"
+        f"this stream takes images of shape {shape}, got {tuple(image.shape)}"
       )
     check_image_type(image.dtype)
     self._make_room(image.dtype)
@@ -220,15 +280,19 @@ class Stream:
   def _compile(self, capacity: int, dtype: np.dtype, before: int) -> _Program:
     start = time.perf_counter()
 
-    def memory(capacity):
-      return jax.eval_shape(
-        lambda: init_memory(self.config, 1, self.image_size, capacity)
-      )
+    def array(shape, dtype):
+      return jax.ShapeDtypeStruct(shape, dtype, sharding=self._split)
 
-    image = jax.ShapeDtypeStruct((1, *self.image_size, 3), dtype)
-    step = self._step.lower(
-      self.config, self.options, self._params, memory(capacity), image
-    ).compile()
+    def memory(capacity):
+      shapes = jax.eval_shape(
+        lambda: init_memory(
+          self.config, self.batch_size, self.image_size, capacity
+        )
+      )
+      return jax.tree.map(lambda x: array(x.shape, x.dtype), shapes)
+
+    image = array((self.batch_size, *self.image_size, 3), dtype)
+    step = self._step.lower(self._params, memory(capacity), image).compile()
     enlarge = None
     if capacity != before:
       enlarge = self._grow.lower(memory(before), capacity).compile()

@@ -57,6 +57,41 @@ def test_reset_starts_over():
   chex.assert_trees_all_equal(first, second)
 
 
+@pytest.mark.parametrize("devices", [None, 2])
+def test_streams_side_by_side_are_what_they_are_alone(devices):
+  """Growing, and some of them starting anew halfway."""
+  anew = np.array([False, True, False, True])
+  images = micro.images(4, len(anew))
+  stream = make_stream(
+    batch_size=len(anew),
+    devices=devices and jax.devices()[:devices],
+    capacity=micro.TOKENS,
+    fusion=False,
+  )
+  together = []
+  for frame in range(4):
+    if frame == 2:
+      stream.reset(anew)
+    together.append(jax.device_get(stream(images[frame])))
+  assert stream.capacity >= stream.pointer_count == 4 * micro.TOKENS
+
+  alone = make_stream(capacity=4 * micro.TOKENS, fusion=False)
+  for sample, again in enumerate(anew):
+    for frame in range(4):
+      if frame == 0 or (again and frame == 2):
+        alone.reset()
+      expected = jax.device_get(alone(images[frame, sample]))
+      found = jax.tree.map(lambda x: x[sample], together[frame])  # noqa: B023
+      chex.assert_trees_all_close(
+        found, jax.tree.map(lambda x: x[0], expected), atol=1e-5, rtol=1e-5
+      )
+
+
+def test_streams_are_divided_equally():
+  with pytest.raises(ValueError, match="3 streams cannot be divided equally"):
+    make_stream(batch_size=3, devices=jax.devices()[:2])
+
+
 def test_full_memory_warns_once_and_counts(caplog):
   stream = make_stream(
     capacity=micro.TOKENS, max_capacity=2 * micro.TOKENS, fusion=False
