@@ -43,9 +43,7 @@ _FACTORIES: dict[str, Callable[..., SequenceSource] | None] = {
 }
 
 
-def register_dataset(
-  name: str, factory: Callable[..., SequenceSource]
-) -> None:
+def register_dataset(name: str, factory: Callable[..., SequenceSource]) -> None:
   """Lets configs ask for a dataset by name.
 
   Args:

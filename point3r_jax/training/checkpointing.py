@@ -44,6 +44,7 @@ from point3r_jax.checkpoints import (
   write_config,
 )
 from point3r_jax.config import ModelConfig
+from point3r_jax.differences import differences
 from point3r_jax.training.state import TrainState
 
 _STATE = "state"
@@ -241,29 +242,6 @@ def check_resume(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
       "the data are not those that this run was started with: "
       f"{'; '.join(changed)}. Go on with the former ones, or {_START_ANEW}"
     )
-
-
-def differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
-  """Yields how JSON values differ, as deep down as can be said.
-
-  Args:
-    there: what was saved.
-    here: what is now.
-    name: what to call the whole.
-  """
-  if isinstance(there, dict) and isinstance(here, dict):
-    for key in sorted(there.keys() | here.keys()):
-      path = f"{name}.{key}" if name else key
-      yield from differences(there.get(key), here.get(key), path)
-  elif _is_list(there) and _is_list(here) and len(there) == len(here):
-    for i, pair in enumerate(zip(there, here, strict=True)):
-      yield from differences(*pair, f"{name}[{i}]")
-  elif there != here:
-    yield f"{name} was {there} and is {here}"
-
-
-def _is_list(value: Any) -> bool:
-  return isinstance(value, list | tuple)
 
 
 def _check_workdir(workdir: pathlib.Path, model: ModelConfig) -> None:

@@ -21,12 +21,9 @@ import numpy as np
 from point3r_jax.data.loader import open_loader
 from point3r_jax.data.mixture import Mixture
 from point3r_jax.data.record import Record
+from point3r_jax.differences import differences
 from point3r_jax.folder_lock import lock_folder
-from point3r_jax.training.checkpointing import (
-  Checkpoints,
-  check_resume,
-  differences,
-)
+from point3r_jax.training.checkpointing import Checkpoints, check_resume
 from point3r_jax.training.experiment import (
   Experiment,
   dataset_options,

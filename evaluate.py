@@ -1,0 +1,12 @@
+"""Evaluates a checkpoint by the published protocols.
+
+python evaluate.py --task video_depth --dataset bonn --data /data/bonn \
+  --checkpoint point3r_512 --output output/bonn
+"""
+
+import sys
+
+from point3r_jax.cli.evaluate import main
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,1 @@
+"""The published protocols: sequences in, metrics and reports out."""

@@ -1,0 +1,420 @@
+"""How far predicted points are from the true surface.
+
+The prediction is brought to the truth's shift in depth and scale by medians
+(of an even count the lower of the middle two), then to its frame by iterated
+closest points. Letters: T frames, H W rows and columns of a map, N points.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from scipy.spatial import cKDTree
+
+from point3r_jax.data.errors import InputError
+from point3r_jax.evaluation.pose import fit_similarity
+from point3r_jax.evaluation.sequences import PointView
+
+_CHUNK = 1 << 16  # Points whose neighbourhoods are in memory at once.
+
+
+@dataclasses.dataclass(frozen=True)
+class ReconstructionOptions:
+  """What decides the numbers; the defaults are the published ones.
+
+  Attributes:
+    crop: side of the central square of each map that is scored, pixels; the
+      alignment by medians uses whole maps. None: all is scored.
+    pixel_stride: every how many rows and columns of a map are used, such that
+      the centre's first pixel is; for long sequences.
+    min_confidence: predicted points below are not scored; the truth and the
+      alignment by medians stay whole. None: all are.
+    min_scale: the prediction's median extent is raised to this.
+    max_scale: and cut down to this.
+    icp_distance: between points that ICP pairs, metres.
+    icp_iterations: of ICP at most; 0: none.
+    icp_tolerance: ICP stops where a step changes both the share of paired
+      points and their root mean square distance (metres) by less than this.
+    normal_neighbors: points that a normal is taken from, itself among them.
+  """
+
+  crop: int | None = 224
+  pixel_stride: int = 1
+  min_confidence: float | None = None
+  min_scale: float = 1e-3
+  max_scale: float = 1e3
+  icp_distance: float = 0.1
+  icp_iterations: int = 30
+  icp_tolerance: float = 1e-6
+  normal_neighbors: int = 30
+
+  def __post_init__(self):
+    """Refuses what has no meaning."""
+    for name in ("crop", "pixel_stride", "normal_neighbors"):
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise InputError(f"{name} must be 1 or more, not {value}")
+
+
+_DEFAULTS = ReconstructionOptions()
+
+
+class MedianAlignment(NamedTuple):
+  """What the alignment by medians found, in the first camera's frame.
+
+  Attributes:
+    true_shift: median true depth, metres.
+    predicted_shift: median predicted depth.
+    true_scale: median distance of true points from their median, metres.
+    predicted_scale: of predicted points.
+  """
+
+  true_shift: float
+  predicted_shift: float
+  true_scale: float
+  predicted_scale: float
+
+
+class Icp(NamedTuple):
+  """What iterated closest points found.
+
+  Attributes:
+    transformation: (4, 4) float64, rigid, from source to target.
+    fitness: share of source points with a target point in reach.
+    inlier_rmse: root mean square distance of those.
+  """
+
+  transformation: np.ndarray
+  fitness: float
+  inlier_rmse: float
+
+
+def _transform(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
+  """Applies (4, 4) to (..., 3) points."""
+  return points @ matrix[:3, :3].T + matrix[:3, 3]
+
+
+def icp(
+  source: np.ndarray,
+  target: cKDTree,
+  max_distance: float,
+  iterations: int = 30,
+  tolerance: float = 1e-6,
+) -> Icp:
+  """Moves points onto others, point to point, without scale.
+
+  It takes the steps of Open3D's `registration_icp`: pair each source point
+  with the nearest target point in reach, move by the best rigid motion, pair
+  again, and stop if that changed little.
+
+  Args:
+    source: (N, 3) points.
+    target: tree of (M, 3) points.
+    max_distance: from which points are no pair.
+    iterations: at most.
+    tolerance: on changes of fitness and of root mean square distance; both
+      must be less to stop.
+  """
+  moved = np.asarray(source, np.float64)
+  matrix = np.eye(4)
+
+  def pair() -> tuple[np.ndarray, np.ndarray, float, float]:
+    distance, index = target.query(
+      moved, distance_upper_bound=max_distance, workers=-1
+    )
+    paired = np.isfinite(distance)
+    inliers = distance[paired]
+    rmse = float(np.sqrt(np.mean(inliers**2))) if inliers.size else 0.0
+    return paired, index[paired], inliers.size / len(moved), rmse
+
+  paired, index, fitness, rmse = pair()
+  for _ in range(iterations):
+    if not index.size:
+      break
+    step = fit_similarity(moved[paired], target.data[index], with_scale=False)
+    matrix = step.matrix() @ matrix
+    moved = _transform(step.matrix(), moved)
+    before = fitness, rmse
+    paired, index, fitness, rmse = pair()
+    change = max(abs(before[0] - fitness), abs(before[1] - rmse))
+    if change < tolerance:
+      break
+  return Icp(matrix, fitness, rmse)
+
+
+def estimate_normals(tree: cKDTree, neighbors: int = 30) -> np.ndarray:
+  """Estimates surface normals from nearest neighbours.
+
+  A normal is the direction in which a point and its neighbours vary least. Its
+  sign is arbitrary. Where they all coincide, it is (0, 0, 1).
+
+  Args:
+    tree: of (N, 3) points.
+    neighbors: points to take a normal from, the point itself among them; all
+      if there are fewer.
+
+  Returns:
+    (N, 3) float64 unit vectors.
+  """
+  points = tree.data
+  normals = np.empty_like(points)
+  nearest = np.arange(1, min(neighbors, len(points)) + 1)
+  for start in range(0, len(points), _CHUNK):
+    rows = slice(start, start + _CHUNK)
+    _, index = tree.query(points[rows], nearest, workers=-1)
+    around = points[index]
+    around -= around[:, :1]  # So that equal points differ by exactly nothing.
+    around -= around.mean(axis=1, keepdims=True)
+    covariance = np.swapaxes(around, 1, 2) @ around
+    normals[rows] = np.linalg.eigh(covariance)[1][:, :, 0]
+    normals[rows][~covariance.any(axis=(1, 2))] = (0, 0, 1)
+  return normals
+
+
+def _lower_median(values: np.ndarray) -> np.ndarray:
+  """Returns the median along the first axis, the lower one of even counts."""
+  middle = (len(values) - 1) // 2
+  return np.partition(values, middle, axis=0)[middle]
+
+
+class _Pixels(NamedTuple):
+  """Pixels with truth, of some frames, (N, ...) each."""
+
+  truth: np.ndarray  # (N, 3) float32 in the first camera's frame.
+  prediction: np.ndarray  # (N, 3) float32 in the first camera's frame.
+  central: np.ndarray  # (N,) bool, whether it is scored.
+  confident: np.ndarray  # (N,) bool, whether the prediction is.
+  frame: np.ndarray  # (N,) int.
+
+
+def _centre(side: int, options: ReconstructionOptions) -> slice:
+  """Returns the rows or columns that are scored."""
+  if options.crop is None:
+    return slice(0, side)
+  half = options.crop // 2
+  return slice(max(side // 2 - half, 0), side // 2 + half)
+
+
+def used_pixels(
+  size: tuple[int, int], options: ReconstructionOptions
+) -> tuple[slice, slice]:
+  """Returns the rows and columns of an (H, W) map that are used at all."""
+  stride = options.pixel_stride
+  rows, columns = (
+    slice(_centre(side, options).start % stride, None, stride) for side in size
+  )
+  return rows, columns
+
+
+def _frame_pixels(
+  view: PointView,
+  points: np.ndarray,
+  confidence: np.ndarray | None,
+  world_to_first: np.ndarray,
+  options: ReconstructionOptions,
+  frame: int,
+) -> _Pixels:
+  """Returns the pixels of one frame, strided."""
+  size = view.valid.shape
+  pick = used_pixels(size, options)
+  used = view.valid[pick].shape
+  if points.shape != (*used, 3) or view.points.shape != (*size, 3):
+    raise InputError(
+      f"frame {frame}: true points {view.points.shape}, their mask {size} and "
+      f"predicted points {points.shape} disagree; of the latter there must be "
+      f"{used}"
+    )
+  central = np.zeros(size, bool)
+  central[tuple(_centre(side, options) for side in size)] = True
+  mask = view.valid[pick]
+  truth = view.points[pick][mask]
+  prediction = points[mask].astype(np.float32)
+  for name, values in (("true", truth), ("predicted", prediction)):
+    bad = np.count_nonzero(~np.isfinite(values).all(axis=1))
+    if bad:
+      raise InputError(
+        f"frame {frame}: {bad} of {mask.sum()} {name} points to score are NaN "
+        "or infinite; leave the sequence out"
+      )
+  confident = np.ones(len(truth), bool)
+  if options.min_confidence is not None:
+    if confidence is None:
+      raise InputError("min_confidence needs confidences")
+    confident = confidence[mask] >= options.min_confidence
+  truth = _transform(world_to_first, truth).astype(np.float32)
+  frames = np.full(len(truth), frame)
+  return _Pixels(truth, prediction, central[pick][mask], confident, frames)
+
+
+def _gather(
+  views: Iterable[PointView],
+  predictions: Iterable[np.ndarray],
+  confidences: Iterable[np.ndarray] | None,
+  options: ReconstructionOptions,
+) -> tuple[_Pixels, np.ndarray, int]:
+  """Returns the pixels of all frames, the first pose (4, 4) float64, and T."""
+  if confidences is None:
+    frames = ((*pair, None) for pair in zip(views, predictions, strict=True))
+  else:
+    frames = zip(views, predictions, confidences, strict=True)
+  pixels = []
+  first = None
+  for frame, (view, points, confidence) in enumerate(frames):
+    if first is None:
+      first = np.asarray(view.camera_to_world, np.float64)
+      if not np.isfinite(first).all():
+        raise InputError("the first frame's true pose is NaN or infinite")
+      world_to_first = np.linalg.inv(first)
+    points = np.asarray(points)
+    pixels.append(
+      _frame_pixels(view, points, confidence, world_to_first, options, frame)
+    )
+  if not pixels:
+    raise InputError("a reconstruction of no frames has no score")
+  joined = _Pixels(*map(np.concatenate, zip(*pixels, strict=True)))
+  return joined, first, len(pixels)
+
+
+def _align_by_medians(
+  pixels: _Pixels, options: ReconstructionOptions
+) -> tuple[_Pixels, MedianAlignment]:
+  """Gives the prediction the truth's median depth and extent.
+
+  The scale is about the median depth on the optical axis of the first camera.
+  """
+  shifts, scales, shifted = [], [], []
+  for points in (pixels.truth, pixels.prediction):
+    shifts.append(_lower_median(points[:, 2]))
+    points = points - np.array([0, 0, shifts[-1]], np.float32)
+    distance = np.linalg.norm(points - _lower_median(points), axis=1)
+    scales.append(_lower_median(distance))
+    shifted.append(points)
+  scales[1] = np.clip(scales[1], options.min_scale, options.max_scale)
+  prediction = shifted[1] * (scales[0] / scales[1])
+  prediction[:, 2] += shifts[0]
+  found = MedianAlignment(*map(float, (*shifts, *scales)))
+  return pixels._replace(prediction=prediction), found
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruction:
+  """A predicted cloud on the true one, both in the true world frame, metres.
+
+  Attributes:
+    metrics: `accuracy` (predicted points to truth) and `completeness` (true
+      points to prediction), mean distances in metres; `nc1` and `nc2`, mean
+      |cos| between normals, over predicted and over true points;
+      `normal_consistency`, the mean of these two; and `..._median` of each.
+    scene_size: diagonal of the true points' bounding box, metres.
+    medians: what the alignment by medians found.
+    icp: what iterated closest points found after it.
+    true_points: (N, 3) float64.
+    predicted_points: (M, 3) float64, fully aligned.
+    predicted_distances: (M,) of predicted points to the nearest true one.
+    true_distances: (N,) of true points to the nearest predicted one.
+    frame_accuracy: (T,) mean of a frame's predicted distances; NaN where none
+      of its points is scored.
+  """
+
+  metrics: dict[str, float]
+  scene_size: float
+  medians: MedianAlignment
+  icp: Icp
+  true_points: np.ndarray
+  predicted_points: np.ndarray
+  predicted_distances: np.ndarray
+  true_distances: np.ndarray
+  frame_accuracy: np.ndarray
+
+
+def _compare(
+  tree: cKDTree, others: cKDTree, normals: np.ndarray, to: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns (N,) distances to the nearest of others, and |cos| of normals."""
+  distance, index = others.query(tree.data, workers=-1)
+  return distance, np.abs(np.sum(normals * to[index], axis=1))
+
+
+def _means(values: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:
+  """Returns the mean of each of the groups of (N,) values; NaN for none."""
+  sizes = np.bincount(groups, minlength=count)
+  with np.errstate(invalid="ignore"):
+    return np.bincount(groups, values, minlength=count) / sizes
+
+
+def _summary(name: str, values: np.ndarray) -> dict[str, float]:
+  return {
+    name: float(values.mean()),
+    f"{name}_median": float(np.median(values)),
+  }
+
+
+def evaluate_reconstruction(
+  views: Iterable[PointView],
+  predictions: Iterable[np.ndarray],
+  options: ReconstructionOptions = _DEFAULTS,
+  confidences: Iterable[np.ndarray] | None = None,
+) -> Reconstruction:
+  """Aligns predicted points with true ones and scores them.
+
+  Frames are taken one by one; only the strided pixels that have a true point
+  stay in memory.
+
+  Args:
+    views: T frames' true points.
+    predictions: T maps (H', W', 3), in the frame of the first camera: the
+      pixels that `used_pixels` names, which are all without a stride.
+    options: what decides the numbers.
+    confidences: T maps (H', W'); needed for `min_confidence` only.
+
+  Raises:
+    InputError: if maps disagree in size, points that count are not finite, or
+      none are left.
+  """
+  pixels, first, frames = _gather(views, predictions, confidences, options)
+  if not len(pixels.truth):
+    raise InputError("no pixel of the sequence has a true point")
+  pixels, medians = _align_by_medians(pixels, options)
+  scored = pixels.central & pixels.confident
+  if not scored.any():
+    raise InputError(
+      "no pixel to score: none in the centre has a true point and confidence"
+    )
+  truth = _transform(first, pixels.truth[pixels.central])
+  prediction = _transform(first, pixels.prediction[scored])
+  true_tree = cKDTree(truth)
+  found = icp(
+    prediction,
+    true_tree,
+    options.icp_distance,
+    options.icp_iterations,
+    options.icp_tolerance,
+  )
+  tree = cKDTree(_transform(found.transformation, prediction))
+  normals = estimate_normals(tree, options.normal_neighbors)
+  true_normals = estimate_normals(true_tree, options.normal_neighbors)
+  accuracy, nc1 = _compare(tree, true_tree, normals, true_normals)
+  completeness, nc2 = _compare(true_tree, tree, true_normals, normals)
+  metrics = {
+    **_summary("accuracy", accuracy),
+    **_summary("completeness", completeness),
+    **_summary("nc1", nc1),
+    **_summary("nc2", nc2),
+  }
+  for end in ("", "_median"):
+    both = metrics[f"nc1{end}"] + metrics[f"nc2{end}"]
+    metrics[f"normal_consistency{end}"] = both / 2
+  return Reconstruction(
+    metrics=metrics,
+    scene_size=float(np.linalg.norm(np.ptp(truth, axis=0))),
+    medians=medians,
+    icp=found,
+    true_points=truth,
+    predicted_points=tree.data,
+    predicted_distances=accuracy,
+    true_distances=completeness,
+    frame_accuracy=_means(accuracy, pixels.frame[scored], frames),
+  )

@@ -1,0 +1,463 @@
+"""An evaluation from start to end: predict, score, report."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import logging
+import os
+import pathlib
+import platform
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import numpy as np
+
+from point3r_jax.checkpoints import UNTRAINED, load_checkpoint, load_metadata
+from point3r_jax.config import ModelConfig
+from point3r_jax.data.errors import InputError
+from point3r_jax.evaluation.benchmarks import (
+  DATASETS,
+  Benchmark,
+  open_benchmark,
+)
+from point3r_jax.evaluation.made_up import SyntheticTask, SyntheticTaskOptions
+from point3r_jax.evaluation.options import options_dict, parse_options
+from point3r_jax.evaluation.predict import predict
+from point3r_jax.evaluation.predictions import PredictionStore
+from point3r_jax.evaluation.reconstruction import ReconstructionOptions
+from point3r_jax.evaluation.report import write_reports
+from point3r_jax.evaluation.report.figures import (
+  Figures,
+  choose,
+  require_matplotlib,
+)
+from point3r_jax.evaluation.results import Evaluation, SequenceResult
+from point3r_jax.evaluation.sequences import Sequence
+from point3r_jax.evaluation.tasks import (
+  DepthTask,
+  DepthTaskOptions,
+  PoseTask,
+  PoseTaskOptions,
+  ReconstructionTask,
+  Task,
+)
+from point3r_jax.folder_lock import lock_folder
+from point3r_jax.stream import Stream
+
+PREDICTIONS = "predictions"
+
+# How the published evaluation runs the model.
+_PUBLISHED_STREAM = {
+  "precision": "float32",
+  "fusion": True,
+  "fusion_divisor": 20.0,
+}
+
+_PACKAGES = ("point3r-jax", "jax", "jaxlib", "flax", "numpy", "scipy")
+
+_log = logging.getLogger(__name__)
+
+
+class _TaskEntry(NamedTuple):
+  """How a task is made: its options, and their defaults for a dataset."""
+
+  options: type
+  make: Callable[[Any], Task]
+  defaults: Mapping[str, Mapping[str, Any]]
+
+
+_TASKS = {
+  "mv_recon": _TaskEntry(ReconstructionOptions, ReconstructionTask, {}),
+  "monodepth": _TaskEntry(
+    DepthTaskOptions,
+    lambda options: DepthTask(options, by_image=True),
+    {
+      "nyu": {"alignments": ("median",)},
+      "sintel": {
+        "alignments": ("median",),
+        "max_depth": 70.0,
+        "post_clip": 70.0,
+      },
+      "bonn": {"alignments": ("median",), "max_depth": 70.0},
+      "kitti": {"alignments": ("median",)},
+    },
+  ),
+  "video_depth": _TaskEntry(
+    DepthTaskOptions,
+    lambda options: DepthTask(options, by_image=False),
+    {
+      "sintel": {"max_depth": 70.0, "post_clip": 70.0},
+      "bonn": {"max_depth": 70.0},
+    },
+  ),
+  "relpose": _TaskEntry(PoseTaskOptions, PoseTask, {}),
+  "synthetic": _TaskEntry(SyntheticTaskOptions, SyntheticTask, {}),
+}
+
+
+def known_options(task: str, dataset: str) -> dict[str, Any]:
+  """Returns all options of a task on a dataset with their defaults.
+
+  Raises:
+    InputError: there is no such task or dataset.
+  """
+  benchmark, scoring = _options(task, dataset, {})
+  return options_dict(benchmark) | options_dict(scoring)
+
+
+def _options(
+  task: str, dataset: str, overrides: Mapping[str, Any]
+) -> tuple[Any, Any]:
+  """Divides options among the dataset's and the task's dataclasses."""
+  if dataset not in DATASETS.get(task, {}):
+    known = "; ".join(f"{key}: {', '.join(DATASETS[key])}" for key in DATASETS)
+    raise InputError(f"no dataset {dataset!r} for {task!r}; there are {known}")
+  entry, data = _TASKS[task], DATASETS[task][dataset].options
+  fields = {
+    cls: [field.name for field in dataclasses.fields(cls)]
+    for cls in (data, entry.options)
+  }
+  known = set().union(*fields.values())
+  unknown = sorted(set(overrides) - known)
+  if unknown:
+    raise InputError(
+      f"{task} on {dataset} has no option {', '.join(unknown)}; the options "
+      f"are: {', '.join(sorted(known))}"
+    )
+  parts = [
+    {name: overrides[name] for name in names if name in overrides}
+    for names in fields.values()
+  ]
+  defaults = entry.defaults.get(dataset, {})
+  return (
+    parse_options(data, parts[0]),
+    parse_options(entry.options, defaults | parts[1]),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What to evaluate.
+
+  Attributes:
+    task: "mv_recon", "monodepth", "video_depth", "relpose" or "synthetic".
+    dataset: its name; see `benchmarks.DATASETS`.
+    output: folder for predictions and reports.
+    data: folder of the dataset; None for made-up ones.
+    checkpoint: what to predict with; None: score the predictions in `output`.
+    ema: take the checkpoint's moving average.
+    options: protocol options by name; text or values. All have the published
+      value by default.
+    stream: options of `Stream`: precision, fusion, fusion_divisor, capacity,
+      max_capacity.
+    batch_size: sequences side by side.
+    allow_missing: leave out sequences that are missing or broken, and say so.
+    overwrite: replace predictions that were made otherwise.
+  """
+
+  task: str
+  dataset: str
+  output: str
+  data: str | None = None
+  checkpoint: str | None = None
+  ema: bool = False
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  stream: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  batch_size: int = 4
+  allow_missing: bool = False
+  overwrite: bool = False
+
+
+class Progress(NamedTuple):
+  """How an evaluation tells how far it is.
+
+  Attributes:
+    begin: (what is done, how many of which unit).
+    advance: so many more are done; may be called from any thread.
+  """
+
+  begin: Callable[[str, int, str], None] = lambda what, total, unit: None
+  advance: Callable[[int], None] = lambda count: None
+
+
+_SILENT = Progress()
+
+
+def params_digest(params: Mapping[str, Any]) -> str:
+  """Returns the SHA-256 of all parameters: names, types, shapes, values."""
+  digest = hashlib.sha256()
+  flat = flax.traverse_util.flatten_dict(params, sep="/")
+  for name in sorted(flat):
+    value = np.ascontiguousarray(flat[name])
+    digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
+    digest.update(value.view(np.uint8).data)
+  return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+  versions = {"python": platform.python_version()}
+  for name in _PACKAGES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      versions[name] = importlib.metadata.version(name)
+  return versions
+
+
+def _manifest(
+  request: Request,
+  config: ModelConfig,
+  params: dict,
+  precision: str,
+  benchmark: Benchmark,
+  task: Task,
+) -> dict[str, Any]:
+  """Returns what the predictions are made by, and facts about it."""
+  device = jax.devices()[0]
+  metadata = {}
+  if not request.checkpoint.startswith(UNTRAINED):
+    metadata = load_metadata(request.checkpoint)
+  return {
+    "made_by": {
+      "task": request.task,
+      "dataset": request.dataset,
+      "data_options": options_dict(benchmark.options),
+      "keep": options_dict(task.keep),
+      "checkpoint_sha256": params_digest(params),
+      "model": config.to_dict(),
+      "stream": dict(request.stream) | {"precision": precision},
+    },
+    "checkpoint": request.checkpoint,
+    "ema": request.ema,
+    "checkpoint_metadata": metadata,
+    "device": f"{device.platform}: {device.device_kind}",
+    "devices": jax.local_device_count(),
+    "batch_size": request.batch_size,
+    "versions": _versions(),
+  }
+
+
+def _predict(
+  request: Request,
+  benchmark: Benchmark,
+  task: Task,
+  store: PredictionStore,
+  progress: Progress,
+  stop: threading.Event,
+) -> None:
+  """Predicts what is not there yet."""
+  config, params = load_checkpoint(request.checkpoint, ema=request.ema)
+  options = {"precision": "float32", **request.stream}
+  manifest = _manifest(
+    request, config, params, options["precision"], benchmark, task
+  )
+  if request.overwrite:
+    store.clear()
+  store.start(manifest)
+  progress.begin("verifying", len(benchmark.sequences), "sequence")
+  todo = []
+  for sequence in benchmark.sequences:
+    if store.load(sequence) is None:
+      todo.append(sequence)
+    progress.advance(1)
+  done = len(benchmark.sequences) - len(todo)
+  if done:
+    _log.info("%d sequences are predicted already", done)
+  if not todo:
+    return
+  devices = jax.local_devices()
+
+  def make_stream(image_size: tuple[int, int], lanes: int) -> Stream:
+    return Stream(
+      config,
+      params,
+      image_size,
+      batch_size=lanes,
+      devices=devices if len(devices) > 1 else None,
+      heads=task.keep.heads,
+      **options,
+    )
+
+  progress.begin("predicting", sum(map(len, todo)), "frame")
+  predict(
+    make_stream,
+    todo,
+    store,
+    task.keep,
+    batch_size=request.batch_size,
+    devices=len(devices),
+    report=progress.advance,
+    stop=stop,
+  )
+
+
+def _score(
+  task: Task,
+  sequences: list[Sequence],
+  store: PredictionStore,
+  progress: Progress,
+) -> list[SequenceResult]:
+  """Scores all sequences, a few at a time."""
+  progress.begin("scoring", len(sequences), "sequence")
+
+  def score(sequence: Sequence) -> SequenceResult:
+    prediction = store.load(sequence)
+    if prediction is None:
+      raise InputError(
+        f"{sequence.name}: {store.directory} has no complete prediction of it; "
+        "make it with --checkpoint"
+      )
+    try:
+      result = task.score(sequence, prediction)
+    except InputError as error:
+      raise InputError(f"{sequence.name}: {error}") from error
+    if prediction.overflow:
+      _log.warning(
+        "%s: %d pointers found no room and were merged; raise max_capacity",
+        sequence.name,
+        prediction.overflow,
+      )
+    progress.advance(1)
+    return result
+
+  with _pool() as pool:
+    return list(pool.map(score, sequences))
+
+
+@contextlib.contextmanager
+def _pool() -> Iterator[concurrent.futures.ThreadPoolExecutor]:
+  """Yields threads; an error ends what has not begun."""
+  pool = concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+  try:
+    yield pool
+  finally:
+    pool.shutdown(cancel_futures=True)
+
+
+def _figures(
+  task: Task,
+  sequences: list[Sequence],
+  results: list[SequenceResult],
+  store: PredictionStore,
+) -> Figures:
+  """Draws some of the sequences, from the best to the worst."""
+  counted = [
+    (sequence, result)
+    for sequence, result in zip(sequences, results, strict=True)
+    if not result.excluded
+  ]
+  errors = [result.metrics[task.headline] for _, result in counted]
+  chosen = [counted[i] for i in choose(errors)]
+  return task.figures(
+    [(sequence, store.load(sequence), result) for sequence, result in chosen]
+  )
+
+
+def evaluate(
+  request: Request,
+  progress: Progress = _SILENT,
+  stop: threading.Event | None = None,
+) -> Evaluation | None:
+  """Evaluates a model on a dataset and writes the reports.
+
+  Predictions that are complete are kept and verified; so an evaluation that was
+  ended in any way goes on where it was.
+
+  Args:
+    request: what to evaluate.
+    progress: is told how far it is.
+    stop: once set, ends the predicting early.
+
+  Returns:
+    What was measured, as in the reports; None if it was stopped.
+
+  Raises:
+    InputError: data, options or predictions that cannot be used.
+    CheckpointError: no such checkpoint.
+  """
+  require_matplotlib()
+  stop = stop or threading.Event()
+  data_options, task_options = _options(
+    request.task, request.dataset, request.options
+  )
+  task = _TASKS[request.task].make(task_options)
+  benchmark = open_benchmark(
+    request.task,
+    request.dataset,
+    request.data,
+    options_dict(data_options),
+    request.allow_missing,
+  )
+  output = pathlib.Path(request.output)
+  store = PredictionStore(output / PREDICTIONS)
+  with lock_folder(output):
+    if request.checkpoint is not None:
+      _predict(request, benchmark, task, store, progress, stop)
+    if stop.is_set():
+      return None
+    manifest = store.manifest()
+    results = _score(task, benchmark.sequences, store, progress)
+    evaluation = _conclude(
+      request, benchmark, task, task_options, results, manifest
+    )
+    figures = _figures(task, benchmark.sequences, results, store)
+    write_reports(output, evaluation, figures)
+  return evaluation
+
+
+def _conclude(
+  request: Request,
+  benchmark: Benchmark,
+  task: Task,
+  task_options: Any,
+  results: list[SequenceResult],
+  manifest: Mapping[str, Any],
+) -> Evaluation:
+  """Averages, and collects the facts.
+
+  Raises:
+    InputError: if no sequence has a score.
+  """
+  counted = [result for result in results if not result.excluded]
+  if not counted:
+    raise InputError(
+      "no sequence has a score: "
+      + "; ".join(f"{r.name}: {r.excluded}" for r in results)
+    )
+  made_by = manifest["made_by"]
+  protocol = options_dict(benchmark.options) | options_dict(task_options)
+  published = known_options(request.task, request.dataset) | _PUBLISHED_STREAM
+  deviations = [
+    f"{name}={value}"
+    for name, value in (protocol | made_by["stream"]).items()
+    if name in published and value != published[name] and name != "setting"
+  ]
+  return Evaluation(
+    task=request.task,
+    dataset=request.dataset,
+    metrics=task.average(counted),
+    sequences=results,
+    left_out=benchmark.left_out,
+    run={
+      "checkpoint": manifest["checkpoint"],
+      "checkpoint_sha256": made_by["checkpoint_sha256"],
+      "ema": manifest["ema"],
+      "config": made_by["model"],
+      "stream": made_by["stream"],
+      "protocol": protocol,
+      "setting": protocol.get("setting", ""),
+      "deviations": deviations,
+      "data": str(benchmark.root) if benchmark.root else None,
+      "expected_sequences": benchmark.expected_sequences,
+      "expected_frames": benchmark.expected_frames,
+      "device": manifest["device"],
+      "batch_size": manifest["batch_size"],
+      "versions": manifest["versions"],
+      "scored_with": _versions(),
+    },
+  )
