@@ -4,6 +4,7 @@
   DIR/SEQUENCE/prediction.json    frames, counts, times, SHA-256 of the arrays
   DIR/SEQUENCE/NAME.npy           (T, …) arrays
 
+`SEQUENCE` is the sequence's name, quoted as in a URL.
 `prediction.json` is written last, so a sequence without one is not complete.
 """
 
@@ -16,6 +17,7 @@ import logging
 import os
 import pathlib
 import shutil
+import urllib.parse
 from collections.abc import Mapping
 from typing import Any
 
@@ -189,8 +191,9 @@ class PredictionStore:
     shutil.rmtree(self.directory, ignore_errors=True)
 
   def _folder(self, sequence: Sequence) -> pathlib.Path:
-    # Flat, for one sequence's name may be the beginning of another's path.
-    return self.directory / sequence.name.replace("/", "__")
+    # Flat and reversible, so that no two names share a folder.
+    name = urllib.parse.quote(sequence.name, safe=" ").replace(".", "%2E")
+    return self.directory / name
 
   def writer(self, sequence: Sequence) -> PredictionWriter:
     """Returns what takes a sequence's frames; what was there is removed."""

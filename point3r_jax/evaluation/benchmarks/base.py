@@ -100,5 +100,6 @@ def _broken(left_out: list[LeftOut], total: int) -> str:
   if len(left_out) > _MOST_LISTED:
     listed.append(f"and {len(left_out) - _MOST_LISTED} more")
   return (
-    f"{len(left_out)} of {total} sequences cannot be used: {'; '.join(listed)}"
+    f"{len(left_out)} of {total} sequences cannot be used: "
+    f"{'; '.join(listed)}. Repair them, or leave them out (--allow_missing)"
   )
