@@ -227,8 +227,17 @@ class Stream:
 
     Args:
       which: (B,) bool, the streams that forget; None: all.
+
+    Raises:
+      ValueError: if `which` is not of that shape and type.
     """
     if which is not None:
+      which = np.asarray(which)
+      if which.shape != (self.batch_size,) or which.dtype != bool:
+        raise ValueError(
+          f"which must be ({self.batch_size},) bool, got {which.shape} "
+          f"{which.dtype}"
+        )
       self.memory = self._clear(self.memory, which)
       return
     self.memory = self._init_memory(self.capacity)

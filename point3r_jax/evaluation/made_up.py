@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence as Many
+from typing import Literal
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from point3r_jax.evaluation.results import SequenceResult
 from point3r_jax.evaluation.sequences import Sequence, Trajectory
 from point3r_jax.evaluation.tasks import (
   cloud_figure,
+  keep_points,
   predicted_trajectory,
   sequence_result,
   trajectory_figure,
@@ -35,15 +37,16 @@ class SyntheticTaskOptions:
   """What decides the numbers.
 
   Attributes:
-    alignment: of depth, one a sequence, for `abs_rel` and `delta_1_25`; see
-      `depth.align_depth`. `abs_rel_metric` has none.
+    alignment: of depth, one a sequence, for `abs_rel` and `delta_1_25`;
+      `abs_rel_metric` has none. Without a shift, which a guess that is the same
+      everywhere could not have.
     align: of paths; see `pose.PoseOptions`.
     icp_distance: of clouds; see `reconstruction.ReconstructionOptions`.
     pixel_stride: of clouds; likewise.
   """
 
-  alignment: str = "scale"
-  align: str = "sim3"
+  alignment: Literal["scale", "median"] = "scale"
+  align: Literal["sim3", "se3", "none"] = "sim3"
   icp_distance: float = 0.1
   pixel_stride: int = 2
 
@@ -103,11 +106,13 @@ class SyntheticTask:
   options: SyntheticTaskOptions
 
   headline = "abs_rel"
+  workers = 1  # Searching neighbours takes all cores.
 
   @property
   def keep(self) -> Keep:
     """Depth, poses and points."""
-    return Keep(depth=True, pose=True, points=self.options.points)
+    points = keep_points(self.options.points)
+    return dataclasses.replace(points, depth=True, pose=True)
 
   def score(
     self, sequence: Sequence, prediction: SavedPrediction
@@ -119,7 +124,10 @@ class SyntheticTask:
     scaled = depth.depth_metrics(predicted, truth, fit)
     metric = depth.depth_metrics(predicted, truth, "metric")
     path = sequence.load_trajectory()
-    poses = self._poses(sequence, prediction)
+    try:
+      poses = self._poses(sequence, prediction)
+    except pose.DegenerateTrajectoryError as error:
+      return sequence_result(sequence, prediction, {}, excluded=str(error))
     points = self._points(sequence, prediction)
     metrics = {
       "abs_rel": scaled["abs_rel"],
@@ -153,7 +161,9 @@ class SyntheticTask:
       metrics[f"{name}/delta_1_25"] = found["delta_1_25"]
     still = constant_pose_metrics(sequence.load_trajectory())
     metrics |= {f"constant_pose/{name}": x for name, x in still.items()}
-    used = reconstruction.used_pixels(sequence.image_size, self.options.points)
+    used = reconstruction.used_pixels(
+      sequence.image_size, None, self.options.pixel_stride
+    )
     cloud = reconstruction.evaluate_reconstruction(
       map(sequence.load_points, range(len(sequence))),
       [points[used] for points in _constant_points(sequence)],

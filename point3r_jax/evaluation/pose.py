@@ -28,6 +28,8 @@ class PoseOptions:
   Attributes:
     align: "sim3" fits rotation, translation and scale of the prediction to the
       truth, "se3" rotation and translation, "none" nothing.
+    rpe_align: likewise for relative motions; "as_ate" is the same alignment,
+      so that relative translations are in the truth's unit.
     delta: frames from the first to the second pose of a relative motion.
     all_pairs: whether relative motions start at every frame, not only at every
       `delta`-th.
@@ -39,6 +41,7 @@ class PoseOptions:
   """
 
   align: Literal["sim3", "se3", "none"] = "sim3"
+  rpe_align: Literal["as_ate", "sim3", "se3", "none"] = "as_ate"
   delta: int = 1
   all_pairs: bool = True
   max_timestamp_difference: float = 0.01
@@ -49,6 +52,10 @@ class PoseOptions:
     """Refuses what has no meaning."""
     if self.align not in ("sim3", "se3", "none"):
       raise InputError(f"align must be sim3, se3 or none, not {self.align!r}")
+    if self.rpe_align not in ("as_ate", "sim3", "se3", "none"):
+      raise InputError(
+        f"rpe_align must be as_ate, sim3, se3 or none, not {self.rpe_align!r}"
+      )
     if self.delta < 1:
       raise InputError(f"delta must be 1 frame or more, not {self.delta}")
     if self.non_finite_truth not in ("error", "drop"):
@@ -201,7 +208,7 @@ def associate(
 ) -> tuple[Trajectory, Trajectory]:
   """Finds the poses of two trajectories that belong together.
 
-  Each pose of the shorter trajectory (the truth if they are equally long)
+  Each pose of the shorter trajectory (the prediction if they are equally long)
   belongs to the nearest in time of the other, if that is near enough.
 
   Args:
@@ -236,7 +243,7 @@ def associate(
   truth = _take(truth, ~bad)
   _require_rigid(truth, "true")
   _require_rigid(prediction, "predicted")
-  swapped = len(prediction.timestamps) < len(truth.timestamps)
+  swapped = len(prediction.timestamps) <= len(truth.timestamps)
   short, long = (prediction, truth) if swapped else (truth, prediction)
   pairs = []
   for index, stamp in enumerate(short.timestamps):
@@ -331,6 +338,11 @@ def compare_trajectories(
   true_poses = truth.camera_to_world
   aligned = align_poses(prediction.camera_to_world, true_poses, options.align)
   errors = np.linalg.norm(true_poses[:, :3, 3] - aligned[:, :3, 3], axis=1)
+  moving = aligned
+  if options.rpe_align != "as_ate":
+    moving = align_poses(
+      prediction.camera_to_world, true_poses, options.rpe_align
+    )
   step = 1 if options.all_pairs else options.delta
   first = np.arange(0, len(errors) - options.delta, step)
   if not first.size:
@@ -340,7 +352,7 @@ def compare_trajectories(
   second = first + options.delta
   difference = _seen_from(
     _seen_from(true_poses[first], true_poses[second]),
-    _seen_from(aligned[first], aligned[second]),
+    _seen_from(moving[first], moving[second]),
   )
   angles = Rotation.from_matrix(difference[:, :3, :3]).magnitude()
   metrics = {

@@ -20,19 +20,18 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from scipy.spatial.transform import Rotation
 
+from point3r_jax.data.errors import InputError
 from point3r_jax.data.frames import prefetch
 from point3r_jax.evaluation.pose import procrustes
 from point3r_jax.evaluation.predictions import (
   PredictionStore,
   PredictionWriter,
 )
-from point3r_jax.evaluation.reconstruction import (
-  ReconstructionOptions,
-  used_pixels,
-)
+from point3r_jax.evaluation.reconstruction import used_pixels
 from point3r_jax.evaluation.sequences import Sequence
-from point3r_jax.geometry import matrix_to_pose
+from point3r_jax.geometry import pose_to_matrix, transform_points
 from point3r_jax.stream import Stream
 from point3r_jax.streaming import Prediction
 
@@ -49,22 +48,30 @@ class Keep:
     pose: (7,) float32, camera-to-world.
     solve_pose: find the pose from the two point maps instead of taking the pose
       head's (see `pose.procrustes`).
-    points: (H', W', 3) float32, the points in the global frame: the pixels that
-      are used under these options; None: none.
+    points: (H', W', 3) float32, the points in the global frame.
+    from_camera: take for these the points in the camera's frame, moved by the
+      pose, instead of the world head's.
+    crop: decides with `pixel_stride` which pixels have points; see
+      `reconstruction.used_pixels`.
+    pixel_stride: likewise.
     confidence: (H', W') float32, of the points.
   """
 
   depth: bool = False
   pose: bool = False
   solve_pose: bool = False
-  points: ReconstructionOptions | None = None
+  points: bool = False
+  from_camera: bool = False
+  crop: int | None = None
+  pixel_stride: int = 1
   confidence: bool = False
 
   @property
   def heads(self) -> str:
     """Which heads the model has to compute; see `StepOptions`."""
-    camera = self.depth or self.solve_pose
-    world = self.points is not None or self.solve_pose
+    from_camera = self.points and self.from_camera
+    camera = self.depth or self.solve_pose or from_camera
+    world = self.solve_pose or (self.points and not self.from_camera)
     if camera and world:
       return "both"
     return "camera" if camera else "world"
@@ -138,21 +145,33 @@ def _steps(plan: list[list[Run]]) -> Iterator[list[_Slot | None]]:
 
 
 def _load_steps(
-  sequences: list[Sequence], plan: list[list[Run]]
+  sequences: list[Sequence],
+  plan: list[list[Run]],
+  broken: dict[str, str] | None,
 ) -> Iterator[tuple[list[_Slot | None], np.ndarray]]:
   """Yields steps with their (B, H, W, 3) images; idle lanes see black."""
-  image_size = sequences[0].image_size
+  black = np.zeros((*sequences[0].image_size, 3), np.uint8)
   with concurrent.futures.ThreadPoolExecutor(
     min(8, os.cpu_count() or 1), "images"
   ) as pool:
 
-    def load(slot):
+    def load(slot: _Slot | None) -> tuple[_Slot | None, np.ndarray]:
       if slot is None:
-        return np.zeros((*image_size, 3), np.uint8)
-      return sequences[slot.sequence].load_image(slot.index)
+        return None, black
+      sequence = sequences[slot.sequence]
+      if broken is not None and sequence.name in broken:
+        return None, black
+      try:
+        return slot, sequence.load_image(slot.index)
+      except InputError as error:
+        if broken is None:
+          raise InputError(f"{sequence.name}: {error}") from error
+        broken[sequence.name] = str(error)
+        return None, black
 
     for slots in _steps(plan):
-      yield slots, np.stack(list(pool.map(load, slots)))
+      slots, images = zip(*pool.map(load, slots), strict=True)
+      yield list(slots), np.stack(images)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -166,12 +185,20 @@ def _select(prediction: Prediction, keep: Keep) -> dict[str, jax.Array]:
     selected["pose"] = prediction.pose
   if keep.depth:
     selected["depth"] = prediction.points_camera[..., 2]
-  if keep.points is not None:
-    points = prediction.points_world
-    used = (slice(None), *used_pixels(points.shape[1:3], keep.points))
+  if keep.points:
+    points, confidence = prediction.points_world, prediction.confidence_world
+    if keep.from_camera:
+      points, confidence = (
+        transform_points(
+          pose_to_matrix(prediction.pose), prediction.points_camera
+        ),
+        prediction.confidence_camera,
+      )
+    size = points.shape[1:3]
+    used = (slice(None), *used_pixels(size, keep.crop, keep.pixel_stride))
     selected["points"] = points[used]
     if keep.confidence:
-      selected["confidence"] = prediction.confidence_world[used]
+      selected["confidence"] = confidence[used]
   if keep.solve_pose:
     selected |= {
       "points_camera": prediction.points_camera,
@@ -189,11 +216,17 @@ def _solve_pose(frame: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     frame.pop("points_world").reshape(-1, 3),
     frame.pop("weights").ravel(),
   )
-  return frame | {"pose": np.asarray(matrix_to_pose(matrix), np.float32)}
+  quaternion = Rotation.from_matrix(matrix[:3, :3]).as_quat(scalar_first=True)
+  pose = np.concatenate([matrix[:3, 3], quaternion])
+  return frame | {"pose": pose.astype(np.float32)}
 
 
 class _Sink:
-  """Writes results in a thread, in order; at most a few wait."""
+  """Writes results in a thread, in order; at most a few wait.
+
+  Another thread tells when the device is done with them, so that the times do
+  not hold the disk's.
+  """
 
   def __init__(
     self,
@@ -201,23 +234,34 @@ class _Sink:
     store: PredictionStore,
     keep: Keep,
     report: Callable[[int], None],
+    broken: dict[str, str] | None,
   ):
+    self._broken = broken
     self._sequences = sequences
     self._store = store
     self._keep = keep
     self._report = report
     self._writers: dict[int, PredictionWriter] = {}
     self._last = 0.0
+    self._clock = concurrent.futures.ThreadPoolExecutor(1, "clock")
     self._pool = concurrent.futures.ThreadPoolExecutor(1, "predictions")
     self._pending = collections.deque()
 
-  def put(self, slots: list[_Slot | None], selected: dict) -> None:
-    """Hands over a step; raises what writing an earlier one raised."""
+  def put(
+    self, slots: list[_Slot | None], selected: dict, dispatched: float
+  ) -> None:
+    """Hands over a step; raises what writing an earlier one raised.
+
+    Args:
+      slots: what the lanes took.
+      selected: arrays (B, …) on the device.
+      dispatched: when the device was given the step.
+    """
     for array in selected.values():
       array.copy_to_host_async()
-    dispatched = time.perf_counter()
+    seconds = self._clock.submit(self._wait, selected, dispatched)
     self._pending.append(
-      self._pool.submit(self._write, slots, selected, dispatched)
+      self._pool.submit(self._write, slots, selected, seconds)
     )
     while len(self._pending) > _IN_FLIGHT:
       self._pending.popleft().result()
@@ -229,25 +273,47 @@ class _Sink:
         self._pending.popleft().result()
     finally:
       self._pool.shutdown(cancel_futures=True)
+      self._clock.shutdown()
+      for writer in self._writers.values():
+        writer.discard()
 
-  def _write(self, slots, selected, dispatched: float) -> None:
+  def _wait(self, selected: dict, dispatched: float) -> float:
+    """Returns the seconds that the device took for a step alone."""
     jax.block_until_ready(selected)
     ready = time.perf_counter()
-    # Of the device alone: frames under way wait for the one before them.
+    # A step under way waits for the one before it.
     seconds = ready - max(dispatched, self._last)
     self._last = ready
+    return seconds
+
+  def _write(
+    self,
+    slots: list[_Slot | None],
+    selected: dict,
+    seconds: concurrent.futures.Future[float],
+  ) -> None:
+    seconds = seconds.result()
     host = {name: np.asarray(array) for name, array in selected.items()}
     pointers, overflow = host.pop("pointer_count"), host.pop("overflow")
     active = sum(slot is not None for slot in slots)
     for lane, slot in enumerate(slots):
       if slot is None:
         continue
+      sequence = self._sequences[slot.sequence]
       frame = {name: array[lane] for name, array in host.items()}
       if self._keep.solve_pose:
-        frame = _solve_pose(frame)
+        try:
+          frame = _solve_pose(frame)
+        except InputError as error:
+          reason = f"{sequence.frames[slot.index]}: {error}"
+          if self._broken is None:
+            raise InputError(f"{sequence.name}: {reason}") from error
+          self._broken[sequence.name] = reason
+      if self._broken and sequence.name in self._broken:
+        continue
       writer = self._writers.get(slot.sequence)
       if writer is None:
-        writer = self._store.writer(self._sequences[slot.sequence])
+        writer = self._store.writer(sequence)
         self._writers[slot.sequence] = writer
       done = writer.write(
         slot.index,
@@ -271,6 +337,7 @@ def predict(
   devices: int = 1,
   report: Callable[[int], None] = lambda frames: None,
   stop: threading.Event | None = None,
+  broken: dict[str, str] | None = None,
 ) -> None:
   """Predicts sequences and saves what is to be kept of them.
 
@@ -286,9 +353,11 @@ def predict(
     report: called with the number of frames of each written step, from another
       thread.
     stop: once set, ends early; sequences that are not complete are lost.
+    broken: is given the sequences of which a frame cannot be read, with the
+      reason, and the others go on; None: that is an error.
 
   Raises:
-    InputError: if a frame cannot be read.
+    InputError: if a frame cannot be read; names the sequence.
   """
   by_size = collections.defaultdict(list)
   for sequence in sequences:
@@ -301,12 +370,13 @@ def predict(
       for length, alone in zip(lengths, apart, strict=True)
     )
     lanes = -(-min(batch_size, useful) // devices) * devices
+    stream = None  # The last one's memory is free before the next one needs it.
     stream = make_stream(image_size, lanes)
     plan = plan_lanes(lengths, apart, lanes)
-    sink = _Sink(group, store, keep, report)
+    sink = _Sink(group, store, keep, report, broken)
     with (
       contextlib.closing(sink),
-      contextlib.closing(prefetch(_load_steps(group, plan))) as steps,
+      contextlib.closing(prefetch(_load_steps(group, plan, broken))) as steps,
     ):
       for slots, images in steps:
         if stop is not None and stop.is_set():
@@ -314,4 +384,5 @@ def predict(
         anew = np.array([slot is None or slot.first for slot in slots])
         if stream.frames and anew.any():
           stream.reset(anew)
-        sink.put(slots, _select(stream(images), keep))
+        prediction, dispatched = stream(images), time.perf_counter()
+        sink.put(slots, _select(prediction, keep), dispatched)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy.spatial import cKDTree
@@ -19,6 +19,7 @@ from point3r_jax.evaluation.pose import fit_similarity
 from point3r_jax.evaluation.sequences import PointView
 
 _CHUNK = 1 << 16  # Points whose neighbourhoods are in memory at once.
+_MOST_POINTS = 30_000_000  # More are gigabytes, and hours of neighbours.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,13 @@ class ReconstructionOptions:
   """What decides the numbers; the defaults are the published ones.
 
   Attributes:
+    align: "medians" gives the prediction the truth's median depth and extent,
+      which is no fit: what is left is for ICP, within its reach. "sim3" fits a
+      similarity to corresponding points, as other papers do before ICP.
+    align_centre: whether that alignment looks at the scored centre alone; the
+      published one looks at whole maps.
+    source: "world" scores the world head's points; "camera" those of the camera
+      head, moved by the predicted pose. A choice of prediction.
     crop: side of the central square of each map that is scored, pixels; the
       alignment by medians uses whole maps. None: all is scored.
     pixel_stride: every how many rows and columns of a map are used, such that
@@ -41,6 +49,9 @@ class ReconstructionOptions:
     normal_neighbors: points that a normal is taken from, itself among them.
   """
 
+  align: Literal["medians", "sim3"] = "medians"
+  align_centre: bool = False
+  source: Literal["world", "camera"] = "world"
   crop: int | None = 224
   pixel_stride: int = 1
   min_confidence: float | None = None
@@ -53,6 +64,8 @@ class ReconstructionOptions:
 
   def __post_init__(self):
     """Refuses what has no meaning."""
+    if self.align not in ("medians", "sim3"):
+      raise InputError(f"align must be medians or sim3, not {self.align!r}")
     for name in ("crop", "pixel_stride", "normal_neighbors"):
       value = getattr(self, name)
       if value is not None and value < 1:
@@ -190,21 +203,23 @@ class _Pixels(NamedTuple):
   frame: np.ndarray  # (N,) int.
 
 
-def _centre(side: int, options: ReconstructionOptions) -> slice:
+def _centre(side: int, crop: int | None) -> slice:
   """Returns the rows or columns that are scored."""
-  if options.crop is None:
+  if crop is None:
     return slice(0, side)
-  half = options.crop // 2
+  half = crop // 2
   return slice(max(side // 2 - half, 0), side // 2 + half)
 
 
 def used_pixels(
-  size: tuple[int, int], options: ReconstructionOptions
+  size: tuple[int, int], crop: int | None, stride: int
 ) -> tuple[slice, slice]:
-  """Returns the rows and columns of an (H, W) map that are used at all."""
-  stride = options.pixel_stride
+  """Returns the rows and columns of an (H, W) map that are used at all.
+
+  The first pixel of the centre is among them.
+  """
   rows, columns = (
-    slice(_centre(side, options).start % stride, None, stride) for side in size
+    slice(_centre(side, crop).start % stride, None, stride) for side in size
   )
   return rows, columns
 
@@ -219,7 +234,7 @@ def _frame_pixels(
 ) -> _Pixels:
   """Returns the pixels of one frame, strided."""
   size = view.valid.shape
-  pick = used_pixels(size, options)
+  pick = used_pixels(size, options.crop, options.pixel_stride)
   used = view.valid[pick].shape
   if points.shape != (*used, 3) or view.points.shape != (*size, 3):
     raise InputError(
@@ -228,7 +243,7 @@ def _frame_pixels(
       f"{used}"
     )
   central = np.zeros(size, bool)
-  central[tuple(_centre(side, options) for side in size)] = True
+  central[tuple(_centre(side, options.crop) for side in size)] = True
   mask = view.valid[pick]
   truth = view.points[pick][mask]
   prediction = points[mask].astype(np.float32)
@@ -260,7 +275,7 @@ def _gather(
     frames = ((*pair, None) for pair in zip(views, predictions, strict=True))
   else:
     frames = zip(views, predictions, confidences, strict=True)
-  pixels = []
+  pixels, total = [], 0
   first = None
   for frame, (view, points, confidence) in enumerate(frames):
     if first is None:
@@ -272,6 +287,12 @@ def _gather(
     pixels.append(
       _frame_pixels(view, points, confidence, world_to_first, options, frame)
     )
+    total += len(pixels[-1].truth)
+    if total > _MOST_POINTS:
+      raise InputError(
+        f"more than {_MOST_POINTS} points by frame {frame}: use a part of the "
+        "pixels (pixel_stride=8 leaves one in 64)"
+      )
   if not pixels:
     raise InputError("a reconstruction of no frames has no score")
   joined = _Pixels(*map(np.concatenate, zip(*pixels, strict=True)))
@@ -279,7 +300,9 @@ def _gather(
 
 
 def _align_by_medians(
-  pixels: _Pixels, options: ReconstructionOptions
+  pixels: _Pixels,
+  looked_at: np.ndarray | slice,
+  options: ReconstructionOptions,
 ) -> tuple[_Pixels, MedianAlignment]:
   """Gives the prediction the truth's median depth and extent.
 
@@ -287,9 +310,10 @@ def _align_by_medians(
   """
   shifts, scales, shifted = [], [], []
   for points in (pixels.truth, pixels.prediction):
-    shifts.append(_lower_median(points[:, 2]))
+    shifts.append(_lower_median(points[looked_at][:, 2]))
     points = points - np.array([0, 0, shifts[-1]], np.float32)
-    distance = np.linalg.norm(points - _lower_median(points), axis=1)
+    seen = points[looked_at]
+    distance = np.linalg.norm(seen - _lower_median(seen), axis=1)
     scales.append(_lower_median(distance))
     shifted.append(points)
   scales[1] = np.clip(scales[1], options.min_scale, options.max_scale)
@@ -297,6 +321,15 @@ def _align_by_medians(
   prediction[:, 2] += shifts[0]
   found = MedianAlignment(*map(float, (*shifts, *scales)))
   return pixels._replace(prediction=prediction), found
+
+
+def _align_by_similarity(
+  pixels: _Pixels, looked_at: np.ndarray | slice
+) -> _Pixels:
+  """Moves the prediction by the similarity that fits it to the truth best."""
+  fit = fit_similarity(pixels.prediction[looked_at], pixels.truth[looked_at])
+  prediction = _transform(fit.matrix(), pixels.prediction)
+  return pixels._replace(prediction=prediction.astype(np.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,7 +342,7 @@ class Reconstruction:
       |cos| between normals, over predicted and over true points;
       `normal_consistency`, the mean of these two; and `..._median` of each.
     scene_size: diagonal of the true points' bounding box, metres.
-    medians: what the alignment by medians found.
+    medians: what the alignment by medians found; None without one.
     icp: what iterated closest points found after it.
     true_points: (N, 3) float64.
     predicted_points: (M, 3) float64, fully aligned.
@@ -321,7 +354,7 @@ class Reconstruction:
 
   metrics: dict[str, float]
   scene_size: float
-  medians: MedianAlignment
+  medians: MedianAlignment | None
   icp: Icp
   true_points: np.ndarray
   predicted_points: np.ndarray
@@ -377,7 +410,11 @@ def evaluate_reconstruction(
   pixels, first, frames = _gather(views, predictions, confidences, options)
   if not len(pixels.truth):
     raise InputError("no pixel of the sequence has a true point")
-  pixels, medians = _align_by_medians(pixels, options)
+  looked_at = pixels.central if options.align_centre else slice(None)
+  if options.align == "medians":
+    pixels, medians = _align_by_medians(pixels, looked_at, options)
+  else:
+    pixels, medians = _align_by_similarity(pixels, looked_at), None
   scored = pixels.central & pixels.confident
   if not scored.any():
     raise InputError(

@@ -22,6 +22,7 @@ class SequenceResult:
     pointers: pointers in memory after each frame.
     seconds: time that each frame took, shared among the streams of a batch;
       compilation is not in it.
+    overflow: pointers that found no room and were merged into their nearest.
     excluded: why it does not enter the averages; None if it does.
   """
 
@@ -32,6 +33,7 @@ class SequenceResult:
   per_frame: Mapping[str, list[float]] = dataclasses.field(default_factory=dict)
   pointers: list[int] = dataclasses.field(default_factory=list)
   seconds: list[float] = dataclasses.field(default_factory=list)
+  overflow: int = 0
   excluded: str | None = None
 
 

@@ -39,7 +39,7 @@ from point3r_jax.evaluation.report.figures import (
   require_matplotlib,
 )
 from point3r_jax.evaluation.results import Evaluation, SequenceResult
-from point3r_jax.evaluation.sequences import Sequence
+from point3r_jax.evaluation.sequences import LeftOut, Sequence
 from point3r_jax.evaluation.tasks import (
   DepthTask,
   DepthTaskOptions,
@@ -60,7 +60,21 @@ _PUBLISHED_STREAM = {
   "fusion_divisor": 20.0,
 }
 
-_PACKAGES = ("point3r-jax", "jax", "jaxlib", "flax", "numpy", "scipy")
+# Options of datasets that choose sequences, frames (each prediction knows its
+# own) or truth, and change nothing in an image.
+_NOT_OF_IMAGES = {
+  *("sequences", "scenes", "setting", "stride", "max_frames"),
+  *("max_depth", "non_finite_pose"),
+}
+# Published too, if not all at once.
+_PUBLISHED_ALIGNMENTS = {"scale", "scale_shift", "lad", "metric"}
+# A thousand whole maps are more than neighbours can be searched in.
+_LONG_PIXEL_STRIDE = 8
+
+_PACKAGES = (
+  *("point3r-jax", "jax", "jaxlib", "flax", "numpy", "scipy"),
+  *("pillow", "opencv-python-headless"),
+)
 
 _log = logging.getLogger(__name__)
 
@@ -136,10 +150,10 @@ def _options(
     for names in fields.values()
   ]
   defaults = entry.defaults.get(dataset, {})
-  return (
-    parse_options(data, parts[0]),
-    parse_options(entry.options, defaults | parts[1]),
-  )
+  parsed = parse_options(data, parts[0])
+  if getattr(parsed, "setting", None) == "long":
+    defaults = {"pixel_stride": _LONG_PIXEL_STRIDE}
+  return parsed, parse_options(entry.options, defaults | parts[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,13 +223,25 @@ def _versions() -> dict[str, str]:
   return versions
 
 
+def prediction_inputs(
+  request: Request, benchmark: Benchmark, task: Task
+) -> dict[str, Any]:
+  """Returns what predictions depend on besides the model."""
+  images = options_dict(benchmark.options)
+  return {
+    "task": request.task,
+    "dataset": request.dataset,
+    "images": {k: x for k, x in images.items() if k not in _NOT_OF_IMAGES},
+    "keep": options_dict(task.keep),
+  }
+
+
 def _manifest(
   request: Request,
   config: ModelConfig,
   params: dict,
   precision: str,
-  benchmark: Benchmark,
-  task: Task,
+  inputs: Mapping[str, Any],
 ) -> dict[str, Any]:
   """Returns what the predictions are made by, and facts about it."""
   device = jax.devices()[0]
@@ -224,13 +250,17 @@ def _manifest(
     metadata = load_metadata(request.checkpoint)
   return {
     "made_by": {
-      "task": request.task,
-      "dataset": request.dataset,
-      "data_options": options_dict(benchmark.options),
-      "keep": options_dict(task.keep),
+      **inputs,
       "checkpoint_sha256": params_digest(params),
       "model": config.to_dict(),
-      "stream": dict(request.stream) | {"precision": precision},
+      # More room at the start changes nothing.
+      "stream": {
+        name: value
+        for name, value in (
+          dict(request.stream) | {"precision": precision}
+        ).items()
+        if name != "capacity"
+      },
     },
     "checkpoint": request.checkpoint,
     "ema": request.ema,
@@ -249,19 +279,28 @@ def _predict(
   store: PredictionStore,
   progress: Progress,
   stop: threading.Event,
-) -> None:
-  """Predicts what is not there yet."""
+) -> dict[str, str]:
+  """Predicts what is not there yet.
+
+  Returns:
+    Sequences that cannot be read, with the reason, if they may be left out.
+  """
   config, params = load_checkpoint(request.checkpoint, ema=request.ema)
   options = {"precision": "float32", **request.stream}
-  manifest = _manifest(
-    request, config, params, options["precision"], benchmark, task
-  )
-  if request.overwrite:
+  inputs = prediction_inputs(request, benchmark, task)
+  manifest = _manifest(request, config, params, options["precision"], inputs)
+  try:
+    store.start(manifest)
+  except InputError:
+    if not request.overwrite:
+      raise
     store.clear()
-  store.start(manifest)
+    store.start(manifest)
   progress.begin("verifying", len(benchmark.sequences), "sequence")
-  todo = []
+  todo, broken = [], {}
   for sequence in benchmark.sequences:
+    if stop.is_set():
+      return broken
     if store.load(sequence) is None:
       todo.append(sequence)
     progress.advance(1)
@@ -269,19 +308,22 @@ def _predict(
   if done:
     _log.info("%d sequences are predicted already", done)
   if not todo:
-    return
+    return broken
   devices = jax.local_devices()
 
   def make_stream(image_size: tuple[int, int], lanes: int) -> Stream:
-    return Stream(
-      config,
-      params,
-      image_size,
-      batch_size=lanes,
-      devices=devices if len(devices) > 1 else None,
-      heads=task.keep.heads,
-      **options,
-    )
+    try:
+      return Stream(
+        config,
+        params,
+        image_size,
+        batch_size=lanes,
+        devices=devices if len(devices) > 1 else None,
+        heads=task.keep.heads,
+        **options,
+      )
+    except ValueError as error:
+      raise InputError(str(error)) from error
 
   progress.begin("predicting", sum(map(len, todo)), "frame")
   predict(
@@ -293,7 +335,9 @@ def _predict(
     devices=len(devices),
     report=progress.advance,
     stop=stop,
+    broken=broken if request.allow_missing else None,
   )
+  return broken
 
 
 def _score(
@@ -301,38 +345,39 @@ def _score(
   sequences: list[Sequence],
   store: PredictionStore,
   progress: Progress,
-) -> list[SequenceResult]:
-  """Scores all sequences, a few at a time."""
+  allow_missing: bool,
+  stop: threading.Event,
+) -> list[SequenceResult | LeftOut | None]:
+  """Scores all sequences, a few at a time; None for those after a stop."""
   progress.begin("scoring", len(sequences), "sequence")
 
-  def score(sequence: Sequence) -> SequenceResult:
-    prediction = store.load(sequence)
-    if prediction is None:
-      raise InputError(
-        f"{sequence.name}: {store.directory} has no complete prediction of it; "
-        "make it with --checkpoint"
-      )
+  def score(sequence: Sequence) -> SequenceResult | LeftOut | None:
+    if stop.is_set():
+      return None
     try:
+      prediction = store.load(sequence)
+      if prediction is None:
+        raise InputError(
+          f"{store.directory} has no complete prediction of it; make it with "
+          "--checkpoint"
+        )
       result = task.score(sequence, prediction)
     except InputError as error:
+      if allow_missing:
+        return LeftOut(sequence.name, str(error))
       raise InputError(f"{sequence.name}: {error}") from error
-    if prediction.overflow:
-      _log.warning(
-        "%s: %d pointers found no room and were merged; raise max_capacity",
-        sequence.name,
-        prediction.overflow,
-      )
     progress.advance(1)
     return result
 
-  with _pool() as pool:
+  with _pool(task.workers) as pool:
     return list(pool.map(score, sequences))
 
 
 @contextlib.contextmanager
-def _pool() -> Iterator[concurrent.futures.ThreadPoolExecutor]:
+def _pool(workers: int) -> Iterator[concurrent.futures.ThreadPoolExecutor]:
   """Yields threads; an error ends what has not begun."""
-  pool = concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+  workers = min(workers, os.cpu_count() or 1)
+  pool = concurrent.futures.ThreadPoolExecutor(workers, "scores")
   try:
     yield pool
   finally:
@@ -358,6 +403,25 @@ def _figures(
   )
 
 
+def open_evaluation(request: Request) -> tuple[Benchmark, Task]:
+  """Opens the dataset and the task of a request.
+
+  Raises:
+    InputError: data or options that cannot be used.
+  """
+  data_options, task_options = _options(
+    request.task, request.dataset, request.options
+  )
+  benchmark = open_benchmark(
+    request.task,
+    request.dataset,
+    request.data,
+    options_dict(data_options),
+    request.allow_missing,
+  )
+  return benchmark, _TASKS[request.task].make(task_options)
+
+
 def evaluate(
   request: Request,
   progress: Progress = _SILENT,
@@ -381,40 +445,81 @@ def evaluate(
     CheckpointError: no such checkpoint.
   """
   require_matplotlib()
+  if request.batch_size < 1:
+    raise InputError(
+      f"batch_size is {request.batch_size}, but must be 1 or more"
+    )
+  if request.checkpoint is None and (request.ema or request.overwrite):
+    raise InputError("ema and overwrite need a checkpoint to predict with")
   stop = stop or threading.Event()
-  data_options, task_options = _options(
-    request.task, request.dataset, request.options
-  )
-  task = _TASKS[request.task].make(task_options)
-  benchmark = open_benchmark(
-    request.task,
-    request.dataset,
-    request.data,
-    options_dict(data_options),
-    request.allow_missing,
-  )
+  benchmark, task = open_evaluation(request)
   output = pathlib.Path(request.output)
   store = PredictionStore(output / PREDICTIONS)
   with lock_folder(output):
-    if request.checkpoint is not None:
-      _predict(request, benchmark, task, store, progress, stop)
+    broken = {}
+    if request.checkpoint is None:
+      store.check(prediction_inputs(request, benchmark, task))
+    else:
+      broken = _predict(request, benchmark, task, store, progress, stop)
     if stop.is_set():
       return None
-    manifest = store.manifest()
-    results = _score(task, benchmark.sequences, store, progress)
-    evaluation = _conclude(
-      request, benchmark, task, task_options, results, manifest
+    benchmark = _leave_out(benchmark, broken)
+    scored = _score(
+      task, benchmark.sequences, store, progress, request.allow_missing, stop
     )
+    if stop.is_set():
+      return None
+    benchmark = _leave_out(
+      benchmark, dict(x for x in scored if isinstance(x, LeftOut))
+    )
+    results = [x for x in scored if isinstance(x, SequenceResult)]
+    evaluation = _conclude(request, benchmark, task, results, store.manifest())
     figures = _figures(task, benchmark.sequences, results, store)
     write_reports(output, evaluation, figures)
   return evaluation
+
+
+def _leave_out(benchmark: Benchmark, broken: Mapping[str, str]) -> Benchmark:
+  """Moves sequences to those that are left out."""
+  return dataclasses.replace(
+    benchmark,
+    sequences=[x for x in benchmark.sequences if x.name not in broken],
+    left_out=[*benchmark.left_out, *map(LeftOut._make, broken.items())],
+  )
+
+
+def _deviations(
+  benchmark: Benchmark, used: Mapping[str, Any], overflow: int
+) -> list[str]:
+  """Says in what an evaluation is not the published one."""
+  setting = {"setting": used["setting"]} if "setting" in used else {}
+  published = _PUBLISHED_STREAM
+  for options in _options(benchmark.task, benchmark.dataset, setting):
+    published = published | options_dict(options)
+  changed = [
+    f"{name}={value}"
+    for name, value in used.items()
+    if name in published and value != published[name]
+  ]
+  if set(used.get("alignments", ())) <= _PUBLISHED_ALIGNMENTS:
+    changed = [x for x in changed if not x.startswith("alignments=")]
+  sequences = [*benchmark.sequences, *benchmark.left_out]
+  frames = sum(map(len, benchmark.sequences))
+  for what, found, expected in (
+    ("sequences", len(sequences), benchmark.expected_sequences),
+    ("frames", frames, benchmark.expected_frames),
+  ):
+    if expected is not None and found != expected:
+      changed.append(f"{found} {what} instead of {expected}")
+  if overflow:
+    changed.append(f"{overflow} pointers merged for lack of room")
+  return changed
 
 
 def _conclude(
   request: Request,
   benchmark: Benchmark,
   task: Task,
-  task_options: Any,
   results: list[SequenceResult],
   manifest: Mapping[str, Any],
 ) -> Evaluation:
@@ -427,16 +532,16 @@ def _conclude(
   if not counted:
     raise InputError(
       "no sequence has a score: "
-      + "; ".join(f"{r.name}: {r.excluded}" for r in results)
+      + "; ".join(
+        f"{name}: {reason}"
+        for name, reason in (
+          *benchmark.left_out,
+          *((result.name, result.excluded) for result in results),
+        )
+      )
     )
   made_by = manifest["made_by"]
-  protocol = options_dict(benchmark.options) | options_dict(task_options)
-  published = known_options(request.task, request.dataset) | _PUBLISHED_STREAM
-  deviations = [
-    f"{name}={value}"
-    for name, value in (protocol | made_by["stream"]).items()
-    if name in published and value != published[name] and name != "setting"
-  ]
+  protocol = options_dict(benchmark.options) | options_dict(task.options)
   return Evaluation(
     task=request.task,
     dataset=request.dataset,
@@ -451,7 +556,11 @@ def _conclude(
       "stream": made_by["stream"],
       "protocol": protocol,
       "setting": protocol.get("setting", ""),
-      "deviations": deviations,
+      "deviations": _deviations(
+        benchmark,
+        protocol | made_by["stream"],
+        sum(result.overflow for result in results),
+      ),
       "data": str(benchmark.root) if benchmark.root else None,
       "expected_sequences": benchmark.expected_sequences,
       "expected_frames": benchmark.expected_frames,

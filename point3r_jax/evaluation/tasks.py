@@ -30,18 +30,23 @@ from point3r_jax.evaluation.report.figures import (
 from point3r_jax.evaluation.results import SequenceResult
 from point3r_jax.evaluation.sequences import Sequence, Trajectory
 
+# Points of a cloud to draw from.
+_CLOUD = 100_000
+
 
 class Task(Protocol):
   """What is measured.
 
   Attributes:
     options: a frozen dataclass of what decides the numbers.
+    workers: sequences that are scored at a time, at most.
     headline: the metric by which sequences are chosen for pictures; smaller is
       better.
     keep: what of predictions is needed.
   """
 
   options: Any
+  workers: int
   headline: str
   keep: Keep
 
@@ -76,13 +81,24 @@ def sequence_result(
     metrics=metrics,
     pointers=prediction.pointers,
     seconds=prediction.seconds,
+    overflow=prediction.overflow,
     **fields,
   )
 
 
 def predicted_trajectory(prediction: SavedPrediction) -> Trajectory:
-  """Returns predicted poses, with frame numbers for timestamps."""
+  """Returns predicted poses, with frame numbers for timestamps.
+
+  Raises:
+    InputError: if one is not finite.
+  """
   poses = np.asarray(prediction.arrays["pose"], np.float64)
+  bad = ~np.isfinite(poses).all(axis=1) | ~poses[:, 3:].any(axis=1)
+  if bad.any():
+    raise InputError(
+      f"{bad.sum()} of {len(poses)} predicted poses are NaN, infinite or have "
+      f"no rotation, the first at frame {bad.argmax()}"
+    )
   matrices = np.tile(np.eye(4), (len(poses), 1, 1))
   matrices[:, :3, :3] = Rotation.from_quat(
     poses[:, 3:], scalar_first=True
@@ -126,8 +142,8 @@ class DepthTaskOptions(DepthOptions):
 class DepthTask:
   """Depth of single images, or of videos with one alignment each.
 
-  Metrics are named `ALIGNMENT/NAME`; single images, which have one published
-  alignment, need no prefix.
+  Metrics are named `ALIGNMENT/NAME`, but for "median" of single images, which
+  is the published one.
 
   Attributes:
     options: what decides the numbers.
@@ -138,64 +154,78 @@ class DepthTask:
   by_image: bool
 
   keep = Keep(depth=True)
+  workers = 4
 
   def _name(self, alignment: str, metric: str) -> str:
-    alone = self.by_image and len(self.options.alignments) == 1
-    return metric if alone else f"{alignment}/{metric}"
+    plain = self.by_image and alignment == "median"
+    return metric if plain else f"{alignment}/{metric}"
 
   @property
   def headline(self) -> str:
     """The first alignment's relative error."""
     return self._name(self.options.alignments[0], "abs_rel")
 
-  def _samples(
-    self, sequence: Sequence, prediction: SavedPrediction
-  ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns pairs of predicted and true maps that share an alignment."""
-    truth = true_depths(sequence)
+  def _maps(
+    self, sequence: Sequence, prediction: SavedPrediction, frames: range
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Returns predicted and true maps (T, H0, W0) of some frames."""
+    truth = np.stack([sequence.load_depth(i) for i in frames])
     predicted = np.stack(
       [
-        depth.resize_depth(x, truth.shape[1:], self.options.resize_filter)
-        for x in prediction.arrays["depth"]
+        depth.resize_depth(
+          prediction.arrays["depth"][i],
+          truth.shape[1:],
+          self.options.resize_filter,
+        )
+        for i in frames
       ]
     )
-    if not self.by_image:
-      return [(predicted, truth)]
-    return [(predicted[i : i + 1], truth[i : i + 1]) for i in range(len(truth))]
+    return predicted, truth
+
+  def _samples(self, sequence: Sequence) -> list[range]:
+    """Returns which frames share an alignment."""
+    every = range(len(sequence))
+    return [every[i : i + 1] for i in every] if self.by_image else [every]
 
   def score(
     self, sequence: Sequence, prediction: SavedPrediction
   ) -> SequenceResult:
     """Scores a video, or the images of a folder; see `Task`."""
-    samples = self._samples(sequence, prediction)
-    metrics, per_frame = {}, {}
-    for alignment in self.options.alignments:
-      scores, errors = [], []
-      for pair in samples:
-        fit = depth.align_depth(*pair, alignment, self.options)
-        scores.append(depth.depth_metrics(*pair, fit, self.options))
-        errors.append(depth.frame_abs_rel(*pair, fit, self.options))
-      weights = self._weights(scores)
-      if not sum(weights):
-        return sequence_result(
-          sequence, prediction, {}, excluded="no pixel has a true depth"
-        )
-      means = depth.weighted_mean(scores, weights)
-      pixels = means.pop("valid_pixels")
-      metrics |= {self._name(alignment, key): x for key, x in means.items()}
-      per_frame[self._name(alignment, "abs_rel")] = np.concatenate(
-        errors
-      ).tolist()
-    weight = pixels if self.options.average == "pixels" else sum(weights)
+    names = self.options.alignments
+    scores, errors = ({name: [] for name in names} for _ in range(2))
+    for frames in self._samples(sequence):
+      try:
+        pair = self._maps(sequence, prediction, frames)
+        for name in names:
+          fit = depth.align_depth(*pair, name, self.options)
+          scores[name].append(depth.depth_metrics(*pair, fit, self.options))
+          errors[name].extend(depth.frame_abs_rel(*pair, fit, self.options))
+      except InputError as error:
+        if not self.by_image:
+          raise
+        raise InputError(f"{sequence.frames[frames[0]]}: {error}") from error
+    pixels = [score["valid_pixels"] for score in scores[names[0]]]
+    if self.options.average == "samples":
+      pixels = [float(count > 0) for count in pixels]
+    if not sum(pixels):
+      return sequence_result(
+        sequence, prediction, {}, excluded="no pixel has a true depth"
+      )
+    metrics = {}
+    for name in names:
+      means = depth.weighted_mean(scores[name], pixels)
+      del means["valid_pixels"]
+      metrics |= {self._name(name, key): x for key, x in means.items()}
     return sequence_result(
-      sequence, prediction, metrics, weight=weight, per_frame=per_frame
+      sequence,
+      prediction,
+      metrics,
+      weight=sum(pixels),
+      per_frame={
+        self._name(name, "abs_rel"): list(map(float, errors[name]))
+        for name in names
+      },
     )
-
-  def _weights(self, scores: Many[Mapping[str, float]]) -> list[float]:
-    pixels = [score["valid_pixels"] for score in scores]
-    if self.options.average == "pixels":
-      return pixels
-    return [float(x > 0) for x in pixels]
 
   def average(self, results: Many[SequenceResult]) -> dict[str, float]:
     """Averages over all samples of all sequences; see `Task`."""
@@ -214,17 +244,16 @@ class DepthTask:
     ]
     if self.by_image and len(chosen) == 1:
       sequence, prediction, result = chosen[0]
-      frames = choose(next(iter(result.per_frame.values())))
+      frames = choose(result.per_frame[self.headline])
       shown = [self._figure(sequence, prediction, i) for i in frames]
     return Figures(depths=shown)
 
   def _figure(
     self, sequence: Sequence, prediction: SavedPrediction, frame: int
   ) -> DepthFigure:
-    samples = self._samples(sequence, prediction)
-    predicted, truth = samples[frame] if self.by_image else samples[0]
-    at = 0 if self.by_image else frame
-    alignment = self.options.alignments[0]
+    frames = next(x for x in self._samples(sequence) if frame in x)
+    predicted, truth = self._maps(sequence, prediction, frames)
+    at, alignment = frame - frames[0], self.options.alignments[0]
     fit = depth.align_depth(predicted, truth, alignment, self.options)
     error = depth.frame_abs_rel(predicted, truth, fit, self.options)[at]
     return DepthFigure(
@@ -276,6 +305,7 @@ class PoseTask:
   unit: str = "m"
 
   headline = "ate"
+  workers = 4
 
   @property
   def keep(self) -> Keep:
@@ -335,6 +365,19 @@ def _compare_points(
   )
 
 
+def keep_points(options: reconstruction.ReconstructionOptions) -> Keep:
+  """Returns what of points the scores under these options need."""
+  stride = options.pixel_stride
+  return Keep(
+    points=True,
+    # It decides where the grid of used pixels begins.
+    crop=options.crop if stride > 1 else None,
+    from_camera=options.source == "camera",
+    pixel_stride=stride,
+    confidence=options.min_confidence is not None,
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class ReconstructionTask:
   """Points in the global frame, as one cloud a sequence.
@@ -346,14 +389,12 @@ class ReconstructionTask:
   options: reconstruction.ReconstructionOptions
 
   headline = "accuracy"
+  workers = 1  # Searching neighbours takes all cores, and a cloud is large.
 
   @property
   def keep(self) -> Keep:
     """The points that are scored, and their confidence if it matters."""
-    return Keep(
-      points=self.options,
-      confidence=self.options.min_confidence is not None,
-    )
+    return keep_points(self.options)
 
   def score(
     self, sequence: Sequence, prediction: SavedPrediction
@@ -386,7 +427,7 @@ def cloud_figure(
   """Shows clouds in the frame of the first true camera."""
   to_first = np.linalg.inv(sequence.load_points(0).camera_to_world)
   truth, predicted = (
-    points @ to_first[:3, :3].T + to_first[:3, 3]
+    points[:: -(-len(points) // _CLOUD)] @ to_first[:3, :3].T + to_first[:3, 3]
     for points in (found.true_points, found.predicted_points)
   )
   return CloudFigure(

@@ -211,16 +211,15 @@ class TestPoseRows:
 
   def test_broken(self, tmp_path):
     path = tmp_path / "a.txt"
-    for value, message in [
-      (np.nan, "pose 1 is not finite"),
-      (-np.inf, "pose 1 is not finite"),
-      (5, "pose 1 is no rigid motion"),
-    ]:
+    for value in (np.nan, -np.inf):  # Whether they matter is not for it to say.
       poses = POSES.copy()
       poses[1, 1, 1] = value
       np.savetxt(path, poses.reshape(-1, 16))
-      with pytest.raises(InputError, match=rf"a\.txt: {message}"):
-        pose_files.read_pose_rows(path)
+      np.testing.assert_array_equal(pose_files.read_pose_rows(path), poses)
+    poses[2, 1, 1] = 5
+    np.savetxt(path, poses.reshape(-1, 16))
+    with pytest.raises(InputError, match=r"a\.txt: pose 2 is no rigid motion"):
+      pose_files.read_pose_rows(path)
     np.savetxt(path, POSES.transpose(0, 2, 1).reshape(-1, 16))
     with pytest.raises(InputError, match="no rigid motion"):
       pose_files.read_pose_rows(path)

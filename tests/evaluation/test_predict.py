@@ -12,13 +12,13 @@ import point3r_jax as p3r
 from point3r_jax.data.errors import InputError
 from point3r_jax.evaluation.predict import Keep, plan_lanes, predict
 from point3r_jax.evaluation.predictions import PredictionStore
-from point3r_jax.evaluation.reconstruction import ReconstructionOptions
 from point3r_jax.evaluation.sequences import Sequence
 from point3r_jax.geometry import pose_to_matrix
 from tests import micro
 
-POINTS = ReconstructionOptions(crop=16, pixel_stride=3)
-KEEP = Keep(depth=True, pose=True, points=POINTS, confidence=True)
+KEEP = Keep(
+  depth=True, pose=True, points=True, crop=16, pixel_stride=3, confidence=True
+)
 
 
 def make_sequences(*lengths, independent=False, load=None):

@@ -97,7 +97,8 @@ def _scene(frames=2, size=(20, 24), seed=0):
 
 def _evaluate(views, maps, confidences=None, **options):
   options = ReconstructionOptions(**{**_NO_ICP, **options})
-  used = used_pixels(maps[0].shape[:2], options) if maps else ()
+  grid = options.crop, options.pixel_stride
+  used = used_pixels(maps[0].shape[:2], *grid) if maps else ()
   return evaluate_reconstruction(
     views,
     [points[used] for points in maps],

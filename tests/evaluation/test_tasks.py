@@ -5,16 +5,18 @@ metrics follow from the change alone.
 """
 
 import csv
+import dataclasses
 import json
+import pathlib
 
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
 from point3r_jax.data.errors import InputError
-from point3r_jax.evaluation.benchmarks import open_benchmark
+from point3r_jax.evaluation import runner
 from point3r_jax.evaluation.predictions import PredictionStore
-from point3r_jax.evaluation.runner import PREDICTIONS, Request, evaluate
+from point3r_jax.evaluation.runner import Request, evaluate
 from tests.evaluation import trees
 
 MANIFEST = {
@@ -31,10 +33,18 @@ MANIFEST = {
 }
 
 
-def write_predictions(output, benchmark, predict):
+def open_store(request):
+  """Starts a store as an evaluation with a model would."""
+  benchmark, task = runner.open_evaluation(request)
+  store = PredictionStore(pathlib.Path(request.output) / runner.PREDICTIONS)
+  inputs = runner.prediction_inputs(request, benchmark, task)
+  store.start(MANIFEST | {"made_by": {**inputs, **MANIFEST["made_by"]}})
+  return benchmark, store
+
+
+def write_predictions(request, predict):
   """Saves `predict(sequence) → {name: (T, …)}` for all sequences."""
-  store = PredictionStore(output / PREDICTIONS)
-  store.start(MANIFEST)
+  benchmark, store = open_store(request)
   for sequence in benchmark.sequences:
     arrays, writer = predict(sequence), store.writer(sequence)
     for index in range(len(sequence)):
@@ -45,18 +55,18 @@ def write_predictions(output, benchmark, predict):
 def run(tmp_path, task, dataset, tree, predict, **options):
   """Scores predictions; returns what metrics.json says."""
   output = tmp_path / "output"
-  benchmark = open_benchmark(task, dataset, tree.root, data_options(options))
-  write_predictions(output, benchmark, predict)
   request = Request(
     task, dataset, str(output), data=str(tree.root), options=options
   )
-  evaluate(request)
-  return json.loads((output / "metrics.json").read_text())
+  write_predictions(request, predict)
+  return score(request)
 
 
-def data_options(options):
-  scoring = {"average", "max_depth", "crop", "icp_iterations", "alignments"}
-  return {key: x for key, x in options.items() if key not in scoring}
+def score(request, **changes):
+  """Scores what is saved; returns what metrics.json says."""
+  evaluate(dataclasses.replace(request, **changes))
+  path = pathlib.Path(request.output) / "metrics.json"
+  return json.loads(path.read_text())
 
 
 def scaled_depths(factors):
@@ -130,8 +140,7 @@ def test_averages_weigh_pixels_unless_told_otherwise(tmp_path, task, average):
   few, many = 2 * 64 - 2, 48 * 64 - 2
   weights = (few, many) if average == "pixels" else (1, 1)
   expected = np.average([0.5, 0.1], weights=weights)
-  name = "abs_rel" if task == "monodepth" else "metric/abs_rel"
-  assert found[name] == pytest.approx(expected, abs=1e-4)
+  assert found["metric/abs_rel"] == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("dataset", ["nyu", "bonn", "kitti", "sintel"])
@@ -261,8 +270,10 @@ def test_mv_recon(tmp_path, dataset, setting):
     maps = [
       (view.points @ to_first[:3, :3].T + to_first[:3, 3]) / 4 for view in views
     ]
-    return {"points": np.stack(maps).astype(np.float32)}
+    points = np.stack(maps).astype(np.float32)
+    return {"points": points[:, ::stride, ::stride]}
 
+  stride = 8 if setting == "long" else 1  # By default.
   found = run(tmp_path, "mv_recon", dataset, tree, predict, **options)
   for name in ("accuracy", "completeness"):
     assert found[name] < 1e-4 and found[f"{name}_median"] < 1e-4
@@ -271,16 +282,152 @@ def test_mv_recon(tmp_path, dataset, setting):
   assert not [x for x in found["run"]["deviations"] if "setting" in x]
 
 
-def test_missing_predictions_are_named(tmp_path):
-  tree = trees.write_bonn(tmp_path / "data", ["crowd2", "crowd3"], frames=1)
-  options = {"size": "64", "sequences": "crowd2,crowd3"}
-  benchmark = open_benchmark("video_depth", "bonn", tree.root, options)
-  output = tmp_path / "output"
-  store = PredictionStore(output / PREDICTIONS)
-  store.start(MANIFEST)
+@pytest.fixture
+def videos(tmp_path):
+  """A request to score two videos, and where their truth is."""
+  tree = trees.write_bonn(tmp_path / "data", ["crowd2", "crowd3"], frames=2)
   request = Request(
-    "video_depth", "bonn", str(output), data=str(tree.root), options=options
+    "video_depth",
+    "bonn",
+    str(tmp_path / "output"),
+    data=str(tree.root),
+    options={"size": "64", "sequences": "crowd2,crowd3"},
   )
-  name = benchmark.sequences[0].name
-  with pytest.raises(InputError, match=f"{name}: .*no complete prediction"):
+  return request, tree
+
+
+def test_missing_predictions_are_named(videos):
+  request, _ = videos
+  benchmark, store = open_store(request)
+  predict = scaled_depths({"crowd2": 1.1})
+  writer, sequence = (
+    store.writer(benchmark.sequences[0]),
+    benchmark.sequences[0],
+  )
+  for index, depth in enumerate(predict(sequence)["depth"]):
+    writer.write(index, {"depth": depth}, 1, 0, 0.1)
+  with pytest.raises(InputError, match=r"crowd3: .*no complete prediction"):
     evaluate(request)
+  found = score(request, allow_missing=True)
+  assert found["metric/abs_rel"] == pytest.approx(0.1, abs=1e-5)
+  assert found["run"]["left_out"][0]["name"] == "crowd3"
+
+
+@pytest.mark.parametrize("damage", ["truth", "prediction"])
+def test_what_cannot_be_scored_is_named_or_left_out(videos, damage):
+  request, tree = videos
+  predict = scaled_depths({"crowd2": 1.1, "crowd3": 1.2})
+
+  def spoilt(sequence):
+    arrays = predict(sequence)
+    if damage == "prediction" and sequence.name == "crowd3":
+      arrays["depth"][1, 7, 7] = np.nan
+    return arrays
+
+  write_predictions(request, spoilt)
+  if damage == "truth":
+    path = tree.root / "rgbd_bonn_crowd3/depth_110/15481.00017.png"
+    path.write_bytes(path.read_bytes()[:2000])
+  with pytest.raises(InputError, match=r"^crowd3: "):
+    evaluate(request)
+  found = score(request, allow_missing=True)
+  assert found["metric/abs_rel"] == pytest.approx(0.1, abs=1e-5)
+  assert found["run"]["partial"]
+
+
+def test_only_scores_may_be_asked_for_anew(videos):
+  """What was predicted stays what it is; subsets and metrics are free."""
+  request, _ = videos
+  write_predictions(request, scaled_depths({"crowd2": 1.1, "crowd3": 1.2}))
+  for change in (
+    {"task": "monodepth"},
+    {"options": {**request.options, "preparation": "crop"}},
+    {"options": {**request.options, "size": "128"}},
+  ):
+    with pytest.raises(InputError, match="made otherwise"):
+      evaluate(dataclasses.replace(request, **change))
+  with pytest.raises(InputError, match="need a checkpoint"):
+    evaluate(dataclasses.replace(request, overwrite=True))
+  options = {**request.options, "sequences": "crowd3", "alignments": "metric"}
+  found = score(request, options=options)
+  assert found["metric/abs_rel"] == pytest.approx(0.2, abs=1e-5)
+  assert "1 sequences instead of 5" in found["run"]["deviations"]
+  assert "2 frames instead of 550" in found["run"]["deviations"]
+
+
+def test_poses_that_are_not_known_may_be_dropped(tmp_path):
+  tree = trees.write_scannet(tmp_path / "data", ["a"], frames=12)
+  path = tree.root / "a/pose_90.txt"
+  lines = path.read_text().splitlines()
+  lines[4] = " ".join(["-inf"] * len(lines[4].split()))
+  path.write_text("\n".join(lines))
+  request = Request(
+    "relpose",
+    "scannet",
+    str(tmp_path / "out"),
+    str(tree.root),
+    options={"size": 64},
+  )
+  write_predictions(
+    request, lambda sequence: {"pose": pose_rows(tree.poses["a"])}
+  )
+  with pytest.raises(InputError, match=r"a: 1 of 12 true poses .*frame 4"):
+    evaluate(request)
+  options = {"size": 64, "non_finite_truth": "drop"}
+  assert score(request, options=options)["ate"] < 1e-5
+
+
+@pytest.mark.parametrize("broken", [np.nan, 0])
+def test_predicted_poses_that_are_none(tmp_path, broken):
+  tree = trees.write_tum(tmp_path / "data", ["a"], frames=12)
+
+  def predict(sequence):
+    poses = pose_rows(tree.poses["a"])
+    poses[3] = broken
+    return {"pose": poses}
+
+  with pytest.raises(InputError, match=r"a: 1 of 12 predicted poses .*frame 3"):
+    run(tmp_path, "relpose", "tum", tree, predict, size=64)
+
+
+def test_no_room_for_pointers_is_in_all_reports(videos, tmp_path):
+  request, _ = videos
+  benchmark, store = open_store(request)
+  predict = scaled_depths({"crowd2": 1.1, "crowd3": 1.2})
+  for sequence in benchmark.sequences:
+    writer = store.writer(sequence)
+    for index, depth in enumerate(predict(sequence)["depth"]):
+      writer.write(index, {"depth": depth}, 1, 17 * index, 0.1)
+  found = score(request)
+  assert "34 pointers merged for lack of room" in found["run"]["deviations"]
+  assert "34 pointers merged" in (tmp_path / "output/table.md").read_text()
+  rows = csv.DictReader((tmp_path / "output/sequences.csv").open())
+  assert [row["overflow"] for row in rows] == ["17", "17"]
+
+
+def test_reconstruction_from_the_camera_head_or_aligned_otherwise(tmp_path):
+  """A cloud that is turned is no error for a similarity."""
+  options = {**trees.rgbd_options(), "scenes": "none"}
+  tree = trees.write_nrgbd(tmp_path / "data", ["a"])
+
+  def predict(sequence):
+    turn = Rotation.from_euler("y", 40, degrees=True).as_matrix()
+    views = [sequence.load_points(i) for i in range(len(sequence))]
+    return {"points": np.stack([3 * view.points @ turn.T for view in views])}
+
+  request = Request(
+    "mv_recon",
+    "nrgbd",
+    str(tmp_path / "output"),
+    str(tree.root),
+    options=options,
+  )
+  write_predictions(request, predict)
+  assert score(request)["accuracy"] > 0.05
+  found = score(request, options={**options, "align": "sim3"})
+  assert found["accuracy"] < 1e-3
+  assert "align=sim3" in found["run"]["deviations"]
+  with pytest.raises(InputError, match=r"keep\.from_camera was False"):
+    evaluate(
+      dataclasses.replace(request, options={**options, "source": "camera"})
+    )

@@ -48,15 +48,18 @@ class DepthOptions:
 
 @dataclasses.dataclass(frozen=True)
 class PoseOptions:
-  """Which images the pose protocol shows to the network; it always crops.
+  """Which images the pose protocol shows to the network.
 
   Attributes:
     size: the network's image size. All published numbers are at 512.
+    preparation: the published protocol cuts off what exceeds a network size
+      ("crop"); "resize" squeezes the whole image into it, as for depth.
     stride: 2 uses every second frame of a sequence, of the images and of the
       truth, and so on; 1 in all published numbers.
   """
 
   size: int = 512
+  preparation: Literal["resize", "crop"] = "crop"
   stride: int = 1
 
   def __post_init__(self):
@@ -192,7 +195,8 @@ def pose_sequence(
       f" has {poses} poses"
     )
   chosen = images[:: options.stride]
-  image = _ImageLoader.open(chosen, options.size, crop=True)
+  crop = options.preparation == "crop"
+  image = _ImageLoader.open(chosen, options.size, crop)
   return Sequence(
     name=name,
     frames=tuple(map(str, chosen)),

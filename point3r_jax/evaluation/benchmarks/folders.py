@@ -24,7 +24,9 @@ def find_root(root: Path | None, marker: str, path: str) -> Path:
     InputError: listing what was looked for.
   """
   if root is None:
-    raise InputError(f"a folder with data is needed (--data): one with {marker}")
+    raise InputError(
+      f"a folder with data is needed (--data): one with {marker}"
+    )
   if not root.is_dir():
     raise InputError(f"{root}: no such folder")
   parts = PurePosixPath(path).parts

@@ -65,12 +65,17 @@ def read_tum(path: Path) -> Trajectory:
 
 
 def read_pose_rows(path: Path) -> np.ndarray:
-  """Reads (T, 4, 4) poses, one a line: 12 or 16 numbers, row by row."""
+  """Reads (T, 4, 4) poses, one a line: 12 or 16 numbers, row by row.
+
+  Poses that are not finite are returned as they are: what becomes of their
+  frames is for the scores to say.
+  """
   rows = _rows(path, (12, 16))
   if not rows:
     raise InputError(f"{path}: has no poses")
   poses = np.stack([_complete(np.reshape(row, (-1, 4))) for row in rows])
-  check_poses(path, poses)
+  finite = np.flatnonzero(np.isfinite(poses).all(axis=(1, 2)))
+  check_poses(path, poses[finite], finite)
   return poses
 
 

@@ -47,8 +47,8 @@ class SyntheticOptions:
 
   def __post_init__(self):
     """Checks the sizes; the source checks the rest."""
-    if self.sequences < 1 or self.frames < 2:
-      raise InputError("at least 1 sequence of 2 frames is needed")
+    if self.sequences < 1 or self.frames < 3:
+      raise InputError("at least 1 sequence of 3 frames is needed")
     if min(self.height, self.width) < 16 or (self.height | self.width) % 16:
       raise InputError(
         f"{self.width}x{self.height} pixels are not multiples of 16"

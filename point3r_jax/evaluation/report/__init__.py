@@ -26,10 +26,12 @@ def sequences_csv(evaluation: Evaluation) -> str:
   )
   text = io.StringIO()
   writer = csv.writer(text, lineterminator="\n")
-  writer.writerow(["name", "frames", "weight", "excluded", *names])
+  writer.writerow(["name", "frames", "weight", "overflow", "excluded", *names])
   for s in evaluation.sequences:
     values = [s.metrics.get(name, "") for name in names]
-    writer.writerow([s.name, s.frames, s.weight, s.excluded or "", *values])
+    writer.writerow(
+      [s.name, s.frames, s.weight, s.overflow, s.excluded or "", *values]
+    )
   return text.getvalue()
 
 

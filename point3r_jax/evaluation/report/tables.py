@@ -15,11 +15,17 @@ OURS = "point3r-jax, this run"
 THEIRS = "Point3R, published"
 MISSING = "-"
 ALIGNMENTS = {
+  "median": "median",
   "scale": "scale",
   "scale_shift": "scale & shift",
   "lad": "scale & shift, true LAD",
+  "least_squares": "scale & shift, least squares",
   "metric": "none (metric)",
 }
+
+
+# Of videos, as far as papers have tables of them.
+_PUBLISHED_ALIGNMENTS = ("scale", "scale_shift", "metric")
 
 
 class Column(NamedTuple):
@@ -99,16 +105,25 @@ _COLUMNS = {
     Column("completeness_over_scene", "Comp / scene ↓"),
   ),
 }
+_AVERAGES = {
+  "pixels": "Averages are weighted by valid pixels.",
+  "samples": "Averages weigh all images or videos alike.",
+}
+_ALIGNED_BY = {
+  "medians": "median shift along the view, median scale",
+  "sim3": "a similarity alignment (Umeyama)",
+  "se3": "a rigid alignment (Umeyama)",
+  "none": "no alignment",
+}
 _REMARKS = {
-  "mv_recon": "Acc and Comp in metres, after median shift along the view, "
-  "median scale and rigid ICP; mean over sequences.",
-  "monodepth": "Each image is aligned by the ratio of medians; averages are "
-  "weighted by valid pixels.",
-  "video_depth": "One alignment for a whole video; averages are weighted by "
-  "valid pixels.",
-  "relpose": "After a similarity alignment of the whole path (Umeyama); root "
-  "mean squares, then the mean over sequences. ATE and RPE trans are in the "
-  "unit of the true path (metres, but for Sintel).",
+  "mv_recon": "Acc and Comp in metres, after {align} and rigid ICP; mean over "
+  "sequences.",
+  "monodepth": "Each image has an alignment of its own: the ratio of medians, "
+  "unless another is named.",
+  "video_depth": "One alignment for a whole video.",
+  "relpose": "After {align} of the whole path; root mean squares, then the "
+  "mean over sequences. ATE and RPE trans are in the unit of the true path "
+  "(metres, but for Sintel).",
   "synthetic": "Made-up scenes; nothing is published. ATE is divided by the "
   "length of the path, Acc and Comp by the size of the scene. The trivial "
   "predictors show what no skill at all would score.",
@@ -202,7 +217,7 @@ def _ours(evaluation: Evaluation, label: str = OURS) -> str:
 
 
 def _video_rows(evaluation: Evaluation, notes: _Notes) -> list[Row]:
-  groups = _groups(evaluation) or {name: {} for name in ALIGNMENTS}
+  groups = _groups(evaluation) or {name: {} for name in _PUBLISHED_ALIGNMENTS}
   rows = []
   for name in sorted(groups, key=[*ALIGNMENTS, *groups].index):
     title = ALIGNMENTS.get(name, name)
@@ -221,8 +236,12 @@ def _video_rows(evaluation: Evaluation, notes: _Notes) -> list[Row]:
 def _rows(evaluation: Evaluation, notes: _Notes) -> list[Row]:
   """Returns the rows of all tasks but video depth."""
   task, groups = evaluation.task, _groups(evaluation)
-  rows = [Row("", _ours(evaluation), (), groups.pop("", {}))]
-  setting = ""
+  plain, setting = groups.pop("", {}), ""
+  rows = [Row("", _ours(evaluation), (), plain)] if plain or not groups else []
+  if task == "monodepth":
+    for name, metrics in groups.items():
+      label = f"{OURS}, aligned by {ALIGNMENTS.get(name, name)}"
+      rows.append(Row("", _ours(evaluation, label), (), metrics))
   if task == "mv_recon":
     setting = evaluation.run.get("setting", "sparse")
   theirs = published.published(task, evaluation.dataset, setting)
@@ -242,7 +261,13 @@ def build_table(evaluation: Evaluation) -> Table:
   """Returns the table of an evaluation in the paper's format."""
   notes, video = _Notes(), evaluation.task == "video_depth"
   rows = (_video_rows if video else _rows)(evaluation, notes)
-  remarks = [_REMARKS[evaluation.task]]
+  protocol = evaluation.run.get("protocol", {})
+  usual = "medians" if evaluation.task == "mv_recon" else "sim3"
+  align = _ALIGNED_BY[protocol.get("align", usual)]
+  remarks = [_REMARKS[evaluation.task].format(align=align)]
+  average = protocol.get("average")
+  if average in _AVERAGES:
+    remarks[0] += f" {_AVERAGES[average]}"
   deviations = evaluation.run.get("deviations")
   if deviations:
     remarks.append(
@@ -264,8 +289,8 @@ def sequence_columns(evaluation: Evaluation) -> list[Column]:
   """Returns the columns of the table that has a row a sequence."""
   names = {name for s in evaluation.sequences for name in s.metrics}
   prefixes = [""]
-  if evaluation.task == "video_depth":
-    prefixes = [f"{alignment}/" for alignment in ALIGNMENTS]
+  if evaluation.task in ("monodepth", "video_depth"):
+    prefixes += [f"{alignment}/" for alignment in ALIGNMENTS]
   return [
     column._replace(metric=prefix + column.metric)
     for prefix in prefixes
