@@ -87,6 +87,12 @@ def test_streams_side_by_side_are_what_they_are_alone(devices):
       )
 
 
+@pytest.mark.parametrize("which", [[True], np.ones(2), np.ones((2, 1), bool)])
+def test_what_starts_anew_is_named_for_each_stream(which):
+  with pytest.raises(ValueError, match=r"which must be \(2,\) bool"):
+    make_stream(batch_size=2).reset(which)
+
+
 def test_streams_are_divided_equally():
   with pytest.raises(ValueError, match="3 streams cannot be divided equally"):
     make_stream(batch_size=3, devices=jax.devices()[:2])

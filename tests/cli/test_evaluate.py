@@ -178,6 +178,16 @@ def test_published_protocol_on_a_miniature(checkpoint, tmp_path, capsys):
     (["--dataset", "synthetic", "--options", "frames"], "NAME=VALUE"),
     (["--dataset", "synthetic", "--options", "frames=x"], "option frames"),
     (["--dataset", "synthetic"], "holds no predictions to score"),
+    (["--dataset", "synthetic", "--batch_size", "0"], "batch_size is 0"),
+    (["--dataset", "synthetic", "--options", "alignment=lad"], "'lad' is none"),
+    (["--dataset", "synthetic", "--overwrite"], "need a checkpoint"),
+    (
+      [
+        *("--dataset", "synthetic", "--fusion_divisor", "0"),
+        *("--checkpoint", "untrained:small"),
+      ],
+      "fusion_divisor must be positive",
+    ),
     (
       ["--dataset", "synthetic", "--checkpoint", "nowhere"],
       "there is no checkpoint",

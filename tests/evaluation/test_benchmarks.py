@@ -133,7 +133,8 @@ class TestOpenBenchmark:
     fails(
       *("video_depth", "bonn", tmp_path),
       r"^2 of 5 sequences cannot be used: crowd2: \S*rgb_110: has 2 images, but"
-      r" there are 1 depth maps in \S*; crowd3: \S*rgb_110: no such folder\. Repair them",
+      r" there are 1 depth maps in \S*; crowd3: \S*rgb_110: no such folder\."
+      r" Repair them",
     )
     benchmark = open_benchmark(
       "video_depth", "bonn", tmp_path, SMALL, allow_missing=True

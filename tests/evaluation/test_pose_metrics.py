@@ -303,3 +303,27 @@ def test_procrustes_of_points_that_determine_nothing():
     procrustes(points, points)
   with pytest.raises(InputError, match="add up to nothing"):
     procrustes(points, points, np.zeros((4, 4)))
+
+
+def test_relative_motions_may_be_aligned_otherwise():
+  truth, prediction = _paths(scale=2.0)
+  usual = pose_metrics(truth, prediction)
+  apart = pose_metrics(truth, prediction, PoseOptions(rpe_align="none"))
+  assert apart["ate"] == usual["ate"]
+  steps = np.diff(truth.camera_to_world[:, :3, 3], axis=0)
+  expected = np.sqrt((np.linalg.norm(steps, axis=1) ** 2).mean())
+  assert apart["rpe_trans"] == pytest.approx(expected, rel=1e-6)
+  assert usual["rpe_trans"] < 1e-9
+  with pytest.raises(InputError, match="rpe_align must be"):
+    PoseOptions(rpe_align="umeyama")
+
+
+def _paths(scale):
+  """Returns a path without turns, and the same in another unit."""
+  rng = np.random.default_rng(0)
+  poses = np.tile(np.eye(4), (9, 1, 1))
+  poses[:, :3, 3] = rng.normal(size=(9, 3))
+  larger = poses.copy()
+  larger[:, :3, 3] *= scale
+  stamps = np.arange(9.0)
+  return Trajectory(stamps, poses), Trajectory(stamps, larger)

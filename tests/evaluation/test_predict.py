@@ -1,5 +1,6 @@
 """Many sequences side by side: each frame once, as if it were alone."""
 
+import dataclasses
 import threading
 
 import jax
@@ -181,10 +182,42 @@ def test_a_frame_that_cannot_be_read_ends_it(tmp_path, make_stream):
 
   sequences = make_sequences(3, 9, load=load)
   store = PredictionStore(tmp_path)
-  with pytest.raises(InputError, match=r"7\.png: cut short"):
+  with pytest.raises(InputError, match=r"scene/1: 7\.png: cut short"):
     predict(make_stream, sequences, store, KEEP, batch_size=2)
   assert len(store.load(sequences[0]).pointers) == 3
-  assert store.load(sequences[1]) is None
+  assert [path.name for path in tmp_path.iterdir()] == ["scene%2F0"]
+
+
+def test_what_cannot_be_read_may_be_left_out(tmp_path, make_stream):
+  """The others are what they are without it; nothing of it stays."""
+  sequences = make_sequences(3, 5, 2)
+  images = sequences[1].load_image
+
+  def load(index):
+    if index == 2:
+      raise InputError("2.png: cut short")
+    return images(index)
+
+  bad = [sequences[0], dataclasses.replace(sequences[1], load_image=load)]
+  store, broken = PredictionStore(tmp_path), {}
+  predict(
+    make_stream,
+    [*bad, sequences[2]],
+    store,
+    KEEP,
+    batch_size=2,
+    broken=broken,
+  )
+  assert broken == {"scene/1": "2.png: cut short"}
+  good = PredictionStore(tmp_path / "good")
+  predict(make_stream, sequences[::2], good, KEEP, batch_size=2)
+  for sequence in sequences[::2]:
+    np.testing.assert_allclose(
+      store.load(sequence).arrays["depth"],
+      good.load(sequence).arrays["depth"],
+      atol=1e-5,
+    )
+  assert len([x for x in tmp_path.iterdir() if x.name != "good"]) == 2
 
 
 def test_what_writing_raises_ends_it(tmp_path, make_stream):
@@ -207,4 +240,4 @@ def test_a_stop_keeps_what_is_complete(tmp_path, make_stream):
     stop=stop,
   )
   assert store.load(sequences[0]) is not None
-  assert store.load(sequences[1]) is None
+  assert [path.name for path in tmp_path.iterdir()] == ["scene%2F0"]

@@ -1,7 +1,9 @@
 """Saved predictions: complete and undamaged, or not there."""
 
+import io
 import json
 import logging
+import pathlib
 
 import numpy as np
 import pytest
@@ -89,6 +91,49 @@ def test_other_images_are_noticed(store, sequence, tmp_path, caplog):
   (tmp_path / "1.png").write_bytes(bytes(100))
   assert store.load(sequence) is None
   assert "is of other images" in caplog.text
+
+
+def test_what_something_else_made_is_none(store, sequence, caplog):
+  """Such as what is left where a clearing was cut short."""
+  store.start({"made_by": {"model": 1}})
+  save(store, sequence)
+  (store.directory / "manifest.json").unlink()
+  store.start({"made_by": {"model": 2}})
+  assert store.load(sequence) is None
+  assert "made by something else" in caplog.text
+
+
+def test_a_full_disk_is_an_error(store, sequence, monkeypatch):
+  """Not a signal, as it would be where files are mapped into memory."""
+  opened = pathlib.Path.open
+
+  class Full(io.FileIO):
+    def write(self, data):
+      if self.tell() > 1000:
+        raise OSError(28, "No space left on device")
+      return super().write(data)
+
+  def open_full(path, mode="r", *args, **kwargs):
+    if path.suffix == ".npy":
+      return Full(path, "w")
+    return opened(path, mode, *args, **kwargs)
+
+  monkeypatch.setattr(pathlib.Path, "open", open_full)
+  writer = store.writer(sequence)
+  writer.write(0, {"depth": np.zeros((30, 40))}, 1, 0, 0.1)
+  with pytest.raises(OSError, match="No space left"):
+    writer.write(1, {"depth": np.zeros((30, 40))}, 1, 0, 0.1)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"arrays": []}', "null"])
+def test_facts_that_are_none(store, sequence, text, caplog):
+  save(store, sequence)
+  (folder,) = (p for p in store.directory.iterdir() if p.is_dir())
+  (folder / "prediction.json").write_text(text)
+  assert store.load(sequence) is None
+  (store.directory / "manifest.json").write_text(text)
+  with pytest.raises(InputError, match=r"manifest\.json is damaged"):
+    store.manifest()
 
 
 def test_names_do_not_collide(store, tmp_path):

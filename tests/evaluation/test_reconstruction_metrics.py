@@ -349,3 +349,25 @@ def test_normals_of_few_or_equal_points():
   same = estimate_normals(cKDTree(np.full((50, 3), 0.1)))
   np.testing.assert_array_equal(same, [[0, 0, 1]] * 50)
   assert np.isfinite(estimate_normals(cKDTree(np.ones((1, 3))))).all()
+
+
+def test_the_centre_alone_may_be_aligned():
+  """What lies outside does not matter then, and does by default."""
+  views, maps = _scene(size=(20, 24))
+  outside = [points.copy() for points in maps]
+  for points in outside:
+    points[:4] *= 50
+  options = {"crop": 12, "align_centre": True}
+  assert (
+    _evaluate(views, outside, **options).metrics
+    == _evaluate(views, maps, **options).metrics
+  )
+  assert (
+    _evaluate(views, outside, crop=12).medians
+    != _evaluate(views, maps, crop=12).medians
+  )
+  turned = [points @ np.diag([1.0, -1, -1]) * 3 for points in maps]
+  found = _evaluate(views, turned, align="sim3")
+  assert found.medians is None and found.metrics["accuracy"] < 1e-4
+  with pytest.raises(InputError, match="align must be medians or sim3"):
+    ReconstructionOptions(align="icp")

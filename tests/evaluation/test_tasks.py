@@ -282,6 +282,25 @@ def test_mv_recon(tmp_path, dataset, setting):
   assert not [x for x in found["run"]["deviations"] if "setting" in x]
 
 
+def test_alignments_of_images_beside_the_published_one(tmp_path):
+  tree = trees.write_nyu(tmp_path / "data")
+  predict = scaled_depths({"nyu": 1.25})
+  found = run(
+    tmp_path,
+    "monodepth",
+    "nyu",
+    tree,
+    predict,
+    size=64,
+    alignments="median,metric",
+  )
+  assert found["abs_rel"] < 1e-4
+  assert found["metric/abs_rel"] == pytest.approx(0.25, abs=1e-4)
+  table = (tmp_path / "output/table.md").read_text()
+  assert "aligned by none (metric) | 0.250 |" in table
+  assert "alignments=" in table
+
+
 @pytest.fixture
 def videos(tmp_path):
   """A request to score two videos, and where their truth is."""
