@@ -99,11 +99,11 @@ def test_a_run_writes_what_others_read(straight):
   config, params = p3r.load_checkpoint(workdir)
   assert config == micro.CONFIG
   _, average = p3r.load_checkpoint(workdir, ema=True)
-  kernel = params["key_head"]["hidden"]["kernel"]
+  kernel = params["pose_head"]["hidden"]["kernel"]
   chex.assert_trees_all_equal(
-    kernel, state.params["key_head"]["hidden"]["kernel"]
+    kernel, state.params["pose_head"]["hidden"]["kernel"]
   )
-  assert (kernel != average["key_head"]["hidden"]["kernel"]).any()
+  assert (kernel != average["pose_head"]["hidden"]["kernel"]).any()
 
 
 @pytest.mark.parametrize(
