@@ -57,14 +57,13 @@ def test_reset_starts_over():
   chex.assert_trees_all_equal(first, second)
 
 
-@pytest.mark.parametrize("devices", [None, 2])
-def test_streams_side_by_side_are_what_they_are_alone(devices):
-  """Growing, and some of them starting anew halfway."""
+def test_streams_side_by_side_are_what_they_are_alone():
+  """On two devices, growing, and some of them starting anew halfway."""
   anew = np.array([False, True, False, True])
   images = micro.images(4, len(anew))
   stream = make_stream(
     batch_size=len(anew),
-    devices=devices and jax.devices()[:devices],
+    devices=jax.devices()[:2],
     capacity=micro.TOKENS,
     fusion=False,
   )
@@ -165,17 +164,27 @@ def test_calls_do_not_wait_when_they_need_not(monkeypatch):
   assert 0 < len(waited) < 2 * FRAMES
 
 
-@pytest.mark.parametrize(
-  "frames", [60, pytest.param(300, marks=pytest.mark.slow)]
-)
-def test_a_long_stream_compiles_once_per_capacity(monkeypatch, frames):
-  """Traces are counted by chex, compilations by what JAX reports."""
+def long_stream(model):
+  """Returns a stream that grows now and then, a clip, and how often to run."""
+  if model == "micro":
+    stream = make_stream(
+      capacity=8 * micro.TOKENS, max_capacity=256, fusion=False
+    )
+    return stream, images(), 60
   config, params = goldens.seeded_params("small", salt=2)
   clip = goldens.load_golden("small_long").images[:, 0]
+  return p3r.Stream(config, params, clip.shape[1:3], capacity=96), clip, 300
+
+
+@pytest.mark.parametrize(
+  "model", ["micro", pytest.param("small", marks=pytest.mark.slow)]
+)
+def test_a_long_stream_compiles_once_per_capacity(monkeypatch, model):
+  """Traces are counted by chex, compilations by what JAX reports."""
   capacities = 3
   counted = chex.assert_max_traces(stream_module.step_fn, n=capacities)
   monkeypatch.setattr(stream_module, "step_fn", counted)
-  stream = p3r.Stream(config, params, clip.shape[1:3], capacity=96)
+  stream, clip, frames = long_stream(model)
 
   compiled = []
 

@@ -15,6 +15,8 @@ from point3r_jax.cli.common import INTERRUPTED, run, stop_on_interrupt
 from point3r_jax.data.errors import InputError
 from point3r_jax.precision import POLICIES
 
+# Flags that are options of `Stream`.
+_STREAM = ("precision", "fusion", "fusion_divisor", "capacity", "max_capacity")
 _TASKS = ("mv_recon", "monodepth", "video_depth", "relpose", "synthetic")
 
 
@@ -63,8 +65,7 @@ def _parser() -> argparse.ArgumentParser:
   add(
     "--precision",
     choices=sorted(POLICIES),
-    default="float32",
-    help="default: %(default)s, as published",
+    help="default: float32, as published",
   )
   add(
     "--batch_size",
@@ -74,13 +75,17 @@ def _parser() -> argparse.ArgumentParser:
   )
   add("--capacity", type=int, help="pointers to have room for at the start")
   add("--max_capacity", type=int, help="pointers never to exceed")
-  add("--no_fusion", action="store_true", help="keep all pointers")
+  add(
+    "--no_fusion",
+    dest="fusion",
+    action="store_false",
+    default=None,
+    help="keep all pointers",
+  )
   add(
     "--fusion_divisor",
     type=float,
-    default=20.0,
-    help="the scene's extent over this is the fusion distance "
-    "(default: %(default)s)",
+    help="the scene's extent over this is the fusion distance (default: 20)",
   )
   return parser
 
@@ -139,11 +144,9 @@ def _run(flags: argparse.Namespace) -> int:
     ema=flags.ema,
     options=_overrides(flags.options),
     stream={
-      "precision": flags.precision,
-      "capacity": flags.capacity,
-      "max_capacity": flags.max_capacity,
-      "fusion": not flags.no_fusion,
-      "fusion_divisor": flags.fusion_divisor,
+      name: getattr(flags, name)
+      for name in _STREAM
+      if getattr(flags, name) is not None
     },
     batch_size=flags.batch_size,
     allow_missing=flags.allow_missing,

@@ -58,6 +58,7 @@ _PUBLISHED_STREAM = {
   "precision": "float32",
   "fusion": True,
   "fusion_divisor": 20.0,
+  "max_capacity": None,
 }
 
 # Options of datasets that choose sequences, frames (each prediction knows its
@@ -170,7 +171,7 @@ class Request:
     options: protocol options by name; text or values. All have the published
       value by default.
     stream: options of `Stream`: precision, fusion, fusion_divisor, capacity,
-      max_capacity.
+      max_capacity; those that are not there are as published.
     batch_size: sequences side by side.
     allow_missing: leave out sequences that are missing or broken, and say so.
     overwrite: replace predictions that were made otherwise.
@@ -240,7 +241,7 @@ def _manifest(
   request: Request,
   config: ModelConfig,
   params: dict,
-  precision: str,
+  stream: Mapping[str, Any],
   inputs: Mapping[str, Any],
 ) -> dict[str, Any]:
   """Returns what the predictions are made by, and facts about it."""
@@ -253,14 +254,8 @@ def _manifest(
       **inputs,
       "checkpoint_sha256": params_digest(params),
       "model": config.to_dict(),
-      # More room at the start changes nothing.
-      "stream": {
-        name: value
-        for name, value in (
-          dict(request.stream) | {"precision": precision}
-        ).items()
-        if name != "capacity"
-      },
+      # More room at the start (capacity) changes nothing.
+      "stream": {name: stream[name] for name in _PUBLISHED_STREAM},
     },
     "checkpoint": request.checkpoint,
     "ema": request.ema,
@@ -286,9 +281,9 @@ def _predict(
     Sequences that cannot be read, with the reason, if they may be left out.
   """
   config, params = load_checkpoint(request.checkpoint, ema=request.ema)
-  options = {"precision": "float32", **request.stream}
+  options = _PUBLISHED_STREAM | dict(request.stream)
   inputs = prediction_inputs(request, benchmark, task)
-  manifest = _manifest(request, config, params, options["precision"], inputs)
+  manifest = _manifest(request, config, params, options, inputs)
   try:
     store.start(manifest)
   except InputError:
@@ -449,8 +444,14 @@ def evaluate(
     raise InputError(
       f"batch_size is {request.batch_size}, but must be 1 or more"
     )
-  if request.checkpoint is None and (request.ema or request.overwrite):
-    raise InputError("ema and overwrite need a checkpoint to predict with")
+  if request.checkpoint is None and (
+    request.ema or request.overwrite or request.stream
+  ):
+    raise InputError(
+      "options of the model (ema, overwrite, "
+      f"{', '.join([*_PUBLISHED_STREAM, 'capacity'])}) need a checkpoint: "
+      "predictions that are scored again stay as they are"
+    )
   stop = stop or threading.Event()
   benchmark, task = open_evaluation(request)
   output = pathlib.Path(request.output)
@@ -501,7 +502,8 @@ def _deviations(
     for name, value in used.items()
     if name in published and value != published[name]
   ]
-  if set(used.get("alignments", ())) <= _PUBLISHED_ALIGNMENTS:
+  video = benchmark.task == "video_depth"
+  if video and set(used["alignments"]) <= _PUBLISHED_ALIGNMENTS:
     changed = [x for x in changed if not x.startswith("alignments=")]
   sequences = [*benchmark.sequences, *benchmark.left_out]
   frames = sum(map(len, benchmark.sequences))
@@ -510,7 +512,7 @@ def _deviations(
     ("frames", frames, benchmark.expected_frames),
   ):
     if expected is not None and found != expected:
-      changed.append(f"{found} {what} instead of {expected}")
+      changed.append(f"{what}: {found} of {expected}")
   if overflow:
     changed.append(f"{overflow} pointers merged for lack of room")
   return changed

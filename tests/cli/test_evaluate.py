@@ -181,6 +181,7 @@ def test_published_protocol_on_a_miniature(checkpoint, tmp_path, capsys):
     (["--dataset", "synthetic", "--batch_size", "0"], "batch_size is 0"),
     (["--dataset", "synthetic", "--options", "alignment=lad"], "'lad' is none"),
     (["--dataset", "synthetic", "--overwrite"], "need a checkpoint"),
+    (["--dataset", "synthetic", "--no_fusion"], "need a checkpoint"),
     (
       [
         *("--dataset", "synthetic", "--fusion_divisor", "0"),
@@ -219,7 +220,7 @@ def test_ctrl_c_keeps_complete_sequences(checkpoint, tmp_path):
   output = tmp_path / "out"
   command = [sys.executable, ROOT / "evaluate.py", "--dataset", "synthetic"]
   command += ["--checkpoint", checkpoint, "--output", output]
-  command += ["--batch_size", "1", "--options", *SCENES, "sequences=400"]
+  command += ["--batch_size", "2", "--options", *SCENES, "sequences=400"]
   command.remove(SCENES[0])
   process = subprocess.Popen(
     list(map(str, command)), stderr=subprocess.PIPE, text=True, env=os.environ

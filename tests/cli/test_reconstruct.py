@@ -298,8 +298,7 @@ def test_weights_that_give_no_camera_are_an_error(tmp_path, photos, capsys):
   assert "not finite" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("interrupts", [1, 3])
-@pytest.mark.parametrize("frames", [0, 20])
+@pytest.mark.parametrize(("frames", "interrupts"), [(0, 3), (20, 1)])
 def test_ctrl_c_leaves_a_complete_set_of_files(
   checkpoint, tmp_path, frames, interrupts
 ):

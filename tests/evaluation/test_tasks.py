@@ -23,7 +23,12 @@ MANIFEST = {
   "made_by": {
     "checkpoint_sha256": "0" * 64,
     "model": {},
-    "stream": {"precision": "float32", "fusion": True, "fusion_divisor": 20.0},
+    "stream": {
+      "precision": "float32",
+      "fusion": True,
+      "fusion_divisor": 20.0,
+      "max_capacity": None,
+    },
   },
   "checkpoint": "written by a test",
   "ema": False,
@@ -370,8 +375,8 @@ def test_only_scores_may_be_asked_for_anew(videos):
   options = {**request.options, "sequences": "crowd3", "alignments": "metric"}
   found = score(request, options=options)
   assert found["metric/abs_rel"] == pytest.approx(0.2, abs=1e-5)
-  assert "1 sequences instead of 5" in found["run"]["deviations"]
-  assert "2 frames instead of 550" in found["run"]["deviations"]
+  assert "sequences: 1 of 5" in found["run"]["deviations"]
+  assert "frames: 2 of 550" in found["run"]["deviations"]
 
 
 def test_poses_that_are_not_known_may_be_dropped(tmp_path):

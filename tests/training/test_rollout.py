@@ -45,7 +45,9 @@ def test_segments_hold_what_may_be_there(frames, capacity, sizes, expected):
   assert list(segments(frames, 6, capacity, sizes)) == expected
 
 
-@pytest.mark.parametrize("fusion", [True, False])
+@pytest.mark.parametrize(
+  "fusion", [True, pytest.param(False, marks=pytest.mark.slow)]
+)
 def test_rollout_is_the_scan(fusion):
   images = micro.images(4, 2)
   memory = p3r.init_memory(micro.CONFIG, 2, micro.IMAGE_SIZE, 24)
@@ -93,13 +95,8 @@ def test_truncation_is_two_halves_of_a_long_sequence():
   assert_close(whole(params), jax.tree.map(jnp.add, first, second), 1e-4)
 
 
-@pytest.mark.parametrize(
-  "name",
-  [
-    pytest.param("grad_small", marks=pytest.mark.slow),
-    "grad_small_frozen_encoder",
-  ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["grad_small", "grad_small_frozen_encoder"])
 def test_weight_gradients_are_the_published_ones(name):
   """Norms and entries of every weight's gradient, with fusion, through time."""
   with np.load(goldens.FOLDER / f"{name}.npz") as file:

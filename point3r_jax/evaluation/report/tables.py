@@ -270,9 +270,10 @@ def build_table(evaluation: Evaluation) -> Table:
     remarks[0] += f" {_AVERAGES[average]}"
   deviations = evaluation.run.get("deviations")
   if deviations:
-    remarks.append(
-      "Not the published protocol, so not comparable: " + "; ".join(deviations)
-    )
+    what = "Not the published protocol, so not comparable"
+    if evaluation.task == "synthetic":
+      what = "Not the default protocol, so not comparable"
+    remarks.append(f"{what}: {'; '.join(deviations)}")
   broken = [k for k, v in evaluation.metrics.items() if not np.isfinite(v)]
   if broken:
     remarks.append(f"Not finite: {', '.join(broken)}.")
