@@ -1,5 +1,6 @@
 """Test-wide settings, made before JAX starts."""
 
+import importlib.metadata
 import os
 import pathlib
 
@@ -14,6 +15,10 @@ os.environ["XLA_FLAGS"] = " ".join(
     "--xla_llvm_disable_expensive_passes=true",
   ]
 )
+# These take twice as long to compile; later versions have nothing else.
+_JAXLIB = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
+if _JAXLIB < (0, 11):
+  os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 _CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
