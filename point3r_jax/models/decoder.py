@@ -11,8 +11,8 @@ from point3r_jax.models.layers import Compute, DecoderBlock, layer_norm
 from point3r_jax.models.rotary import (
   RotaryTable,
   disable_where,
-  prepend_identity,
   rotary_3d,
+  surround_by_identity,
 )
 
 
@@ -35,6 +35,7 @@ def decoder_rotary(
   image_position: jax.Array,
   pointer_position: jax.Array,
   first: jax.Array,
+  padding: int = 0,
 ) -> DecoderRotary:
   """Builds a frame's tables for the blocks with this many heads.
 
@@ -45,9 +46,10 @@ def decoder_rotary(
       frame's patch-averaged world points.
     pointer_position: (B, C, 3).
     first: (B,) bool; a sample's first frame is not rotated.
+    padding: rows behind the image tokens, not rotated.
 
   Returns:
-    Tables with N+1 and C rows; the pose token in front is not rotated.
+    Tables with 1+N+padding and C rows; the pose token in front is not rotated.
   """
   head_dim = config.decoder_width // heads
 
@@ -56,7 +58,7 @@ def decoder_rotary(
     return disable_where(table, first)
 
   return DecoderRotary(
-    image=prepend_identity(build(image_position)),
+    image=surround_by_identity(build(image_position), padding),
     pointers=build(pointer_position),
   )
 
@@ -83,6 +85,7 @@ class DecoderLayer(nn.Module):
     pointer_count: jax.Array,
     image_rotary: DecoderRotary | None,
     pointer_rotary: DecoderRotary | None,
+    image_length: jax.Array | None = None,
   ) -> tuple[jax.Array, jax.Array]:
     """Updates the streams; see `InterleavedDecoder` for the arguments.
 
@@ -104,7 +107,7 @@ class DecoderLayer(nn.Module):
       pointers,
       image_rotary and image_rotary.image,
       image_rotary and image_rotary.pointers,
-      None,
+      image_length,
       pointer_count,
     )
     if self.last and not self.is_initializing():
@@ -115,7 +118,7 @@ class DecoderLayer(nn.Module):
       pointer_rotary and pointer_rotary.pointers,
       pointer_rotary and pointer_rotary.image,
       pointer_count,
-      None,
+      image_length,
     )
     return next_image, next_pointers
 
@@ -138,6 +141,7 @@ class InterleavedDecoder(nn.Module):
     pointer_count: jax.Array,
     image_rotary: DecoderRotary | None,
     pointer_rotary: DecoderRotary | None,
+    image_length: jax.Array | None = None,
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Runs the decoders.
 
@@ -147,13 +151,15 @@ class InterleavedDecoder(nn.Module):
       pointer_count: (B,) int32, the valid prefix of the pointers.
       image_rotary: tables at the image blocks' head size, or None.
       pointer_rotary: tables at the pointer blocks' head size, or None.
+      image_length: (B,) int32, the valid prefix of the image stream, or None
+        for all. What follows is finite and without meaning.
 
     Returns:
       The image stream (B, N+1, D) float32 after layers L/2 and 3L/4, and after
       layer L and the final norm.
     """
     depth = self.config.decoder_depth
-    context = (pointer_count, image_rotary, pointer_rotary)
+    context = (pointer_count, image_rotary, pointer_rotary, image_length)
     last = depth - 1
 
     def layer(name: str, **options) -> DecoderLayer:

@@ -180,19 +180,31 @@ class Point3R(nn.Module):
     num_tokens, capacity = tokens.shape[1], context.feature.shape[1]
     image = self.image_projection(tokens).astype(jnp.float32)
     image = jnp.concatenate([pose_query[:, None], image], axis=1)
+    # Matrix units and kernels like token counts in blocks.
+    padding = -image.shape[1] % self.compute.token_block
+    length = None
+    if padding:
+      length = jnp.full(image.shape[:1], image.shape[1], jnp.int32)
+      image = jnp.pad(image, ((0, 0), (0, padding), (0, 0)))
     own = self.pointer_projection(tokens).astype(jnp.float32)
     own = jnp.pad(own, ((0, 0), (0, capacity - num_tokens), (0, 0)))
     pointers = jnp.where(first[:, None, None], own, context.feature)
     count = jnp.where(first, num_tokens, context.count)
     tables = [
       decoder_rotary(
-        config, heads, context.image_position, context.position, first
+        config,
+        heads,
+        context.image_position,
+        context.position,
+        first,
+        padding,
       )
       if self.rotary
       else None
       for heads in (config.decoder_heads, config.pointer_heads)
     ]
-    result = self.decoder(image, pointers, count, *tables)
+    result = self.decoder(image, pointers, count, *tables, length)
+    result = tuple(x[:, : num_tokens + 1] for x in result)
     self.sow("intermediates", "decoder_last", result[-1])
     return result
 

@@ -15,9 +15,9 @@ from point3r_jax.models.heads import point_map, pose_encoding
 from point3r_jax.models.rotary import (
   apply_rotary,
   disable_where,
-  prepend_identity,
   rotary_2d,
   rotary_3d,
+  surround_by_identity,
 )
 
 BASES = (10.0, 100.0, 1000.0, 10000.0)
@@ -74,12 +74,28 @@ def test_rotary_2d_depends_on_relative_positions():
 def test_rotary_can_be_disabled_for_samples_and_tokens():
   position = jnp.ones((2, 3, 3))
   table = disable_where(rotary_3d(position, 12, BASES), jnp.array([1, 0], bool))
-  table = prepend_identity(table)
-  x = jnp.ones((2, 4, 1, 12))
+  table = surround_by_identity(table, after=2)
+  x = jnp.ones((2, 6, 1, 12))
   result = apply_rotary(x, table)
   np.testing.assert_array_equal(result[0], x[0])
-  np.testing.assert_array_equal(result[1, 0], x[1, 0])
-  assert (jnp.abs(result[1, 1:] - x[1, 1:]).max(-1) > 0.1).all()
+  np.testing.assert_array_equal(result[1, [0, 4, 5]], x[1, [0, 4, 5]])
+  assert (jnp.abs(result[1, 1:4] - x[1, 1:4]).max(-1) > 0.1).all()
+
+
+@pytest.mark.parametrize("head_dim", [12, 16, 22])
+def test_rotary_has_the_gradient_of_what_it_computes(head_dim):
+  """Its rotation of halves is given one by hand; some groups are odd."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  table = rotary_3d(jax.random.normal(keys[0], (1, 2, 3)), head_dim, BASES)
+  x, weight = (jax.random.normal(key, (1, 2, 1, head_dim)) for key in keys[1:])
+
+  def weighted(x):
+    return jnp.vdot(apply_rotary(x, table), weight)
+
+  columns = jax.vmap(weighted)(jnp.eye(x.size).reshape(-1, *x.shape))
+  np.testing.assert_allclose(
+    jax.grad(weighted)(x).ravel(), columns, rtol=1e-5, atol=1e-6
+  )
 
 
 @hypothesis.given(height=st.integers(1, 7), width=st.integers(1, 7))
