@@ -124,12 +124,8 @@ class _Bar:
 
 def _run(flags: argparse.Namespace) -> int:
   # Imported late: it needs the libraries of the extra `eval`.
-  from point3r_jax.evaluation.runner import (
-    Progress,
-    Request,
-    evaluate,
-    known_options,
-  )
+  from point3r_jax.evaluation.requests import Request, known_options
+  from point3r_jax.evaluation.runner import Progress, evaluate
 
   task = flags.task or flags.dataset
   if flags.list_options:

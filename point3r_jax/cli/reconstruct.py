@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import pathlib
-import platform
 import statistics
 import sys
 import threading
@@ -31,7 +29,9 @@ from point3r_jax.export.scene import (
 from point3r_jax.pipeline import Progress, reconstruct
 from point3r_jax.precision import POLICIES, get_precision
 from point3r_jax.stream import Stream
+from point3r_jax.versions import installed_versions
 
+_PACKAGES = ("point3r-jax", "jax", "jaxlib", "flax", "numpy")
 # Frames whose times are left out of statistics: compilation, first transfers.
 _WARM_UP = 3
 
@@ -146,16 +146,6 @@ def _heads(write: Sequence[str]) -> str:
   return "camera" if camera else "world"
 
 
-def _versions() -> dict[str, str]:
-  versions = {"python": platform.python_version()}
-  for name in ("point3r-jax", "jax", "jaxlib", "flax", "numpy"):
-    try:
-      versions[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      versions[name] = "not installed"  # Run from a clone.
-  return versions
-
-
 def _statistics(seconds: Sequence[float]) -> dict[str, float] | None:
   """Returns what a frame took after warm-up; None if there were too few."""
   seconds = sorted(seconds[_WARM_UP:])
@@ -200,7 +190,7 @@ def _summary(
     "checkpoint": flags.checkpoint,
     "precision": stream.options.precision.name,
     "device": f"{device.platform}: {device.device_kind}",
-    "versions": _versions(),
+    "versions": installed_versions(*_PACKAGES),
     "options": vars(flags),
     **facts,
   }

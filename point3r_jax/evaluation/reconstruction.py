@@ -15,10 +15,15 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from point3r_jax.data.errors import InputError
+from point3r_jax.evaluation.clouds import (
+  Icp,
+  estimate_normals,
+  icp,
+  transform,
+)
 from point3r_jax.evaluation.pose import fit_similarity
 from point3r_jax.evaluation.sequences import PointView
 
-_CHUNK = 1 << 16  # Points whose neighbourhoods are in memory at once.
 _MOST_POINTS = 30_000_000  # More are gigabytes, and hours of neighbours.
 
 
@@ -89,102 +94,6 @@ class MedianAlignment(NamedTuple):
   predicted_shift: float
   true_scale: float
   predicted_scale: float
-
-
-class Icp(NamedTuple):
-  """What iterated closest points found.
-
-  Attributes:
-    transformation: (4, 4) float64, rigid, from source to target.
-    fitness: share of source points with a target point in reach.
-    inlier_rmse: root mean square distance of those.
-  """
-
-  transformation: np.ndarray
-  fitness: float
-  inlier_rmse: float
-
-
-def _transform(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
-  """Applies (4, 4) to (..., 3) points."""
-  return points @ matrix[:3, :3].T + matrix[:3, 3]
-
-
-def icp(
-  source: np.ndarray,
-  target: cKDTree,
-  max_distance: float,
-  iterations: int = 30,
-  tolerance: float = 1e-6,
-) -> Icp:
-  """Moves points onto others, point to point, without scale.
-
-  It takes the steps of Open3D's `registration_icp`: pair each source point
-  with the nearest target point in reach, move by the best rigid motion, pair
-  again, and stop if that changed little.
-
-  Args:
-    source: (N, 3) points.
-    target: tree of (M, 3) points.
-    max_distance: from which points are no pair.
-    iterations: at most.
-    tolerance: on changes of fitness and of root mean square distance; both
-      must be less to stop.
-  """
-  moved = np.asarray(source, np.float64)
-  matrix = np.eye(4)
-
-  def pair() -> tuple[np.ndarray, np.ndarray, float, float]:
-    distance, index = target.query(
-      moved, distance_upper_bound=max_distance, workers=-1
-    )
-    paired = np.isfinite(distance)
-    inliers = distance[paired]
-    rmse = float(np.sqrt(np.mean(inliers**2))) if inliers.size else 0.0
-    return paired, index[paired], inliers.size / len(moved), rmse
-
-  paired, index, fitness, rmse = pair()
-  for _ in range(iterations):
-    if not index.size:
-      break
-    step = fit_similarity(moved[paired], target.data[index], with_scale=False)
-    matrix = step.matrix() @ matrix
-    moved = _transform(step.matrix(), moved)
-    before = fitness, rmse
-    paired, index, fitness, rmse = pair()
-    change = max(abs(before[0] - fitness), abs(before[1] - rmse))
-    if change < tolerance:
-      break
-  return Icp(matrix, fitness, rmse)
-
-
-def estimate_normals(tree: cKDTree, neighbors: int = 30) -> np.ndarray:
-  """Estimates surface normals from nearest neighbours.
-
-  A normal is the direction in which a point and its neighbours vary least. Its
-  sign is arbitrary. Where they all coincide, it is (0, 0, 1).
-
-  Args:
-    tree: of (N, 3) points.
-    neighbors: points to take a normal from, the point itself among them; all
-      if there are fewer.
-
-  Returns:
-    (N, 3) float64 unit vectors.
-  """
-  points = tree.data
-  normals = np.empty_like(points)
-  nearest = np.arange(1, min(neighbors, len(points)) + 1)
-  for start in range(0, len(points), _CHUNK):
-    rows = slice(start, start + _CHUNK)
-    _, index = tree.query(points[rows], nearest, workers=-1)
-    around = points[index]
-    around -= around[:, :1]  # So that equal points differ by exactly nothing.
-    around -= around.mean(axis=1, keepdims=True)
-    covariance = np.swapaxes(around, 1, 2) @ around
-    normals[rows] = np.linalg.eigh(covariance)[1][:, :, 0]
-    normals[rows][~covariance.any(axis=(1, 2))] = (0, 0, 1)
-  return normals
 
 
 def _lower_median(values: np.ndarray) -> np.ndarray:
@@ -259,7 +168,7 @@ def _frame_pixels(
     if confidence is None:
       raise InputError("min_confidence needs confidences")
     confident = confidence[mask] >= options.min_confidence
-  truth = _transform(world_to_first, truth).astype(np.float32)
+  truth = transform(world_to_first, truth).astype(np.float32)
   frames = np.full(len(truth), frame)
   return _Pixels(truth, prediction, central[pick][mask], confident, frames)
 
@@ -328,7 +237,7 @@ def _align_by_similarity(
 ) -> _Pixels:
   """Moves the prediction by the similarity that fits it to the truth best."""
   fit = fit_similarity(pixels.prediction[looked_at], pixels.truth[looked_at])
-  prediction = _transform(fit.matrix(), pixels.prediction)
+  prediction = transform(fit.matrix(), pixels.prediction)
   return pixels._replace(prediction=prediction.astype(np.float32))
 
 
@@ -420,8 +329,8 @@ def evaluate_reconstruction(
     raise InputError(
       "no pixel to score: none in the centre has a true point and confidence"
     )
-  truth = _transform(first, pixels.truth[pixels.central])
-  prediction = _transform(first, pixels.prediction[scored])
+  truth = transform(first, pixels.truth[pixels.central])
+  prediction = transform(first, pixels.prediction[scored])
   true_tree = cKDTree(truth)
   found = icp(
     prediction,
@@ -430,7 +339,7 @@ def evaluate_reconstruction(
     options.icp_iterations,
     options.icp_tolerance,
   )
-  tree = cKDTree(_transform(found.transformation, prediction))
+  tree = cKDTree(transform(found.transformation, prediction))
   normals = estimate_normals(tree, options.normal_neighbors)
   true_normals = estimate_normals(true_tree, options.normal_neighbors)
   accuracy, nc1 = _compare(tree, true_tree, normals, true_normals)

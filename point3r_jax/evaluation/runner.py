@@ -6,11 +6,9 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import logging
 import os
 import pathlib
-import platform
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -23,54 +21,34 @@ from point3r_jax.checkpoints import UNTRAINED, load_checkpoint, load_metadata
 from point3r_jax.config import ModelConfig
 from point3r_jax.data.errors import InputError
 from point3r_jax.evaluation.benchmarks import (
-  DATASETS,
   Benchmark,
-  open_benchmark,
 )
-from point3r_jax.evaluation.made_up import SyntheticTask, SyntheticTaskOptions
-from point3r_jax.evaluation.options import options_dict, parse_options
+from point3r_jax.evaluation.options import options_dict
 from point3r_jax.evaluation.predict import predict
 from point3r_jax.evaluation.predictions import PredictionStore
-from point3r_jax.evaluation.reconstruction import ReconstructionOptions
 from point3r_jax.evaluation.report import write_reports
 from point3r_jax.evaluation.report.figures import (
   Figures,
   choose,
   require_matplotlib,
 )
+from point3r_jax.evaluation.requests import (
+  PUBLISHED_STREAM,
+  Request,
+  deviations,
+  open_evaluation,
+  prediction_inputs,
+)
 from point3r_jax.evaluation.results import Evaluation, SequenceResult
 from point3r_jax.evaluation.sequences import LeftOut, Sequence
 from point3r_jax.evaluation.tasks import (
-  DepthTask,
-  DepthTaskOptions,
-  PoseTask,
-  PoseTaskOptions,
-  ReconstructionTask,
   Task,
 )
 from point3r_jax.folder_lock import lock_folder
 from point3r_jax.stream import Stream
+from point3r_jax.versions import installed_versions
 
 PREDICTIONS = "predictions"
-
-# How the published evaluation runs the model.
-_PUBLISHED_STREAM = {
-  "precision": "float32",
-  "fusion": True,
-  "fusion_divisor": 20.0,
-  "max_capacity": None,
-}
-
-# Options of datasets that choose sequences, frames (each prediction knows its
-# own) or truth, and change nothing in an image.
-_NOT_OF_IMAGES = {
-  *("sequences", "scenes", "setting", "stride", "max_frames"),
-  *("max_depth", "non_finite_pose"),
-}
-# Published too, if not all at once.
-_PUBLISHED_ALIGNMENTS = {"scale", "scale_shift", "lad", "metric"}
-# A thousand whole maps are more than neighbours can be searched in.
-_LONG_PIXEL_STRIDE = 8
 
 _PACKAGES = (
   *("point3r-jax", "jax", "jaxlib", "flax", "numpy", "scipy"),
@@ -78,116 +56,6 @@ _PACKAGES = (
 )
 
 _log = logging.getLogger(__name__)
-
-
-class _TaskEntry(NamedTuple):
-  """How a task is made: its options, and their defaults for a dataset."""
-
-  options: type
-  make: Callable[[Any], Task]
-  defaults: Mapping[str, Mapping[str, Any]]
-
-
-_TASKS = {
-  "mv_recon": _TaskEntry(ReconstructionOptions, ReconstructionTask, {}),
-  "monodepth": _TaskEntry(
-    DepthTaskOptions,
-    lambda options: DepthTask(options, by_image=True),
-    {
-      "nyu": {"alignments": ("median",)},
-      "sintel": {
-        "alignments": ("median",),
-        "max_depth": 70.0,
-        "post_clip": 70.0,
-      },
-      "bonn": {"alignments": ("median",), "max_depth": 70.0},
-      "kitti": {"alignments": ("median",)},
-    },
-  ),
-  "video_depth": _TaskEntry(
-    DepthTaskOptions,
-    lambda options: DepthTask(options, by_image=False),
-    {
-      "sintel": {"max_depth": 70.0, "post_clip": 70.0},
-      "bonn": {"max_depth": 70.0},
-    },
-  ),
-  "relpose": _TaskEntry(PoseTaskOptions, PoseTask, {}),
-  "synthetic": _TaskEntry(SyntheticTaskOptions, SyntheticTask, {}),
-}
-
-
-def known_options(task: str, dataset: str) -> dict[str, Any]:
-  """Returns all options of a task on a dataset with their defaults.
-
-  Raises:
-    InputError: there is no such task or dataset.
-  """
-  benchmark, scoring = _options(task, dataset, {})
-  return options_dict(benchmark) | options_dict(scoring)
-
-
-def _options(
-  task: str, dataset: str, overrides: Mapping[str, Any]
-) -> tuple[Any, Any]:
-  """Divides options among the dataset's and the task's dataclasses."""
-  if dataset not in DATASETS.get(task, {}):
-    known = "; ".join(f"{key}: {', '.join(DATASETS[key])}" for key in DATASETS)
-    raise InputError(f"no dataset {dataset!r} for {task!r}; there are {known}")
-  entry, data = _TASKS[task], DATASETS[task][dataset].options
-  fields = {
-    cls: [field.name for field in dataclasses.fields(cls)]
-    for cls in (data, entry.options)
-  }
-  known = set().union(*fields.values())
-  unknown = sorted(set(overrides) - known)
-  if unknown:
-    raise InputError(
-      f"{task} on {dataset} has no option {', '.join(unknown)}; the options "
-      f"are: {', '.join(sorted(known))}"
-    )
-  parts = [
-    {name: overrides[name] for name in names if name in overrides}
-    for names in fields.values()
-  ]
-  defaults = entry.defaults.get(dataset, {})
-  parsed = parse_options(data, parts[0])
-  if getattr(parsed, "setting", None) == "long":
-    defaults = {"pixel_stride": _LONG_PIXEL_STRIDE}
-  return parsed, parse_options(entry.options, defaults | parts[1])
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-  """What to evaluate.
-
-  Attributes:
-    task: "mv_recon", "monodepth", "video_depth", "relpose" or "synthetic".
-    dataset: its name; see `benchmarks.DATASETS`.
-    output: folder for predictions and reports.
-    data: folder of the dataset; None for made-up ones.
-    checkpoint: what to predict with; None: score the predictions in `output`.
-    ema: take the checkpoint's moving average.
-    options: protocol options by name; text or values. All have the published
-      value by default.
-    stream: options of `Stream`: precision, fusion, fusion_divisor, capacity,
-      max_capacity; those that are not there are as published.
-    batch_size: sequences side by side.
-    allow_missing: leave out sequences that are missing or broken, and say so.
-    overwrite: replace predictions that were made otherwise.
-  """
-
-  task: str
-  dataset: str
-  output: str
-  data: str | None = None
-  checkpoint: str | None = None
-  ema: bool = False
-  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  stream: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  batch_size: int = 4
-  allow_missing: bool = False
-  overwrite: bool = False
 
 
 class Progress(NamedTuple):
@@ -216,27 +84,6 @@ def params_digest(params: Mapping[str, Any]) -> str:
   return digest.hexdigest()
 
 
-def _versions() -> dict[str, str]:
-  versions = {"python": platform.python_version()}
-  for name in _PACKAGES:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-      versions[name] = importlib.metadata.version(name)
-  return versions
-
-
-def prediction_inputs(
-  request: Request, benchmark: Benchmark, task: Task
-) -> dict[str, Any]:
-  """Returns what predictions depend on besides the model."""
-  images = options_dict(benchmark.options)
-  return {
-    "task": request.task,
-    "dataset": request.dataset,
-    "images": {k: x for k, x in images.items() if k not in _NOT_OF_IMAGES},
-    "keep": options_dict(task.keep),
-  }
-
-
 def _manifest(
   request: Request,
   config: ModelConfig,
@@ -255,7 +102,7 @@ def _manifest(
       "checkpoint_sha256": params_digest(params),
       "model": config.to_dict(),
       # More room at the start (capacity) changes nothing.
-      "stream": {name: stream[name] for name in _PUBLISHED_STREAM},
+      "stream": {name: stream[name] for name in PUBLISHED_STREAM},
     },
     "checkpoint": request.checkpoint,
     "ema": request.ema,
@@ -263,7 +110,7 @@ def _manifest(
     "device": f"{device.platform}: {device.device_kind}",
     "devices": jax.local_device_count(),
     "batch_size": request.batch_size,
-    "versions": _versions(),
+    "versions": installed_versions(*_PACKAGES),
   }
 
 
@@ -281,7 +128,7 @@ def _predict(
     Sequences that cannot be read, with the reason, if they may be left out.
   """
   config, params = load_checkpoint(request.checkpoint, ema=request.ema)
-  options = _PUBLISHED_STREAM | dict(request.stream)
+  options = PUBLISHED_STREAM | dict(request.stream)
   inputs = prediction_inputs(request, benchmark, task)
   manifest = _manifest(request, config, params, options, inputs)
   try:
@@ -398,25 +245,6 @@ def _figures(
   )
 
 
-def open_evaluation(request: Request) -> tuple[Benchmark, Task]:
-  """Opens the dataset and the task of a request.
-
-  Raises:
-    InputError: data or options that cannot be used.
-  """
-  data_options, task_options = _options(
-    request.task, request.dataset, request.options
-  )
-  benchmark = open_benchmark(
-    request.task,
-    request.dataset,
-    request.data,
-    options_dict(data_options),
-    request.allow_missing,
-  )
-  return benchmark, _TASKS[request.task].make(task_options)
-
-
 def evaluate(
   request: Request,
   progress: Progress = _SILENT,
@@ -430,7 +258,7 @@ def evaluate(
   Args:
     request: what to evaluate.
     progress: is told how far it is.
-    stop: once set, ends the predicting early.
+    stop: once set, ends it before the next step or sequence.
 
   Returns:
     What was measured, as in the reports; None if it was stopped.
@@ -449,7 +277,7 @@ def evaluate(
   ):
     raise InputError(
       "options of the model (ema, overwrite, "
-      f"{', '.join([*_PUBLISHED_STREAM, 'capacity'])}) need a checkpoint: "
+      f"{', '.join([*PUBLISHED_STREAM, 'capacity'])}) need a checkpoint: "
       "predictions that are scored again stay as they are"
     )
   stop = stop or threading.Event()
@@ -487,35 +315,6 @@ def _leave_out(benchmark: Benchmark, broken: Mapping[str, str]) -> Benchmark:
     sequences=[x for x in benchmark.sequences if x.name not in broken],
     left_out=[*benchmark.left_out, *map(LeftOut._make, broken.items())],
   )
-
-
-def _deviations(
-  benchmark: Benchmark, used: Mapping[str, Any], overflow: int
-) -> list[str]:
-  """Says in what an evaluation is not the published one."""
-  setting = {"setting": used["setting"]} if "setting" in used else {}
-  published = _PUBLISHED_STREAM
-  for options in _options(benchmark.task, benchmark.dataset, setting):
-    published = published | options_dict(options)
-  changed = [
-    f"{name}={value}"
-    for name, value in used.items()
-    if name in published and value != published[name]
-  ]
-  video = benchmark.task == "video_depth"
-  if video and set(used["alignments"]) <= _PUBLISHED_ALIGNMENTS:
-    changed = [x for x in changed if not x.startswith("alignments=")]
-  sequences = [*benchmark.sequences, *benchmark.left_out]
-  frames = sum(map(len, benchmark.sequences))
-  for what, found, expected in (
-    ("sequences", len(sequences), benchmark.expected_sequences),
-    ("frames", frames, benchmark.expected_frames),
-  ):
-    if expected is not None and found != expected:
-      changed.append(f"{what}: {found} of {expected}")
-  if overflow:
-    changed.append(f"{overflow} pointers merged for lack of room")
-  return changed
 
 
 def _conclude(
@@ -558,7 +357,7 @@ def _conclude(
       "stream": made_by["stream"],
       "protocol": protocol,
       "setting": protocol.get("setting", ""),
-      "deviations": _deviations(
+      "deviations": deviations(
         benchmark,
         protocol | made_by["stream"],
         sum(result.overflow for result in results),
@@ -569,6 +368,6 @@ def _conclude(
       "device": manifest["device"],
       "batch_size": manifest["batch_size"],
       "versions": manifest["versions"],
-      "scored_with": _versions(),
+      "scored_with": installed_versions(*_PACKAGES),
     },
   )

@@ -8,11 +8,10 @@ from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
 from point3r_jax.data.errors import InputError
+from point3r_jax.evaluation.clouds import estimate_normals, icp
 from point3r_jax.evaluation.reconstruction import (
   ReconstructionOptions,
-  estimate_normals,
   evaluate_reconstruction,
-  icp,
   used_pixels,
 )
 from point3r_jax.evaluation.sequences import PointView
@@ -338,7 +337,7 @@ def test_normals_of_a_plane_and_of_a_sphere():
 def test_normals_in_pieces(monkeypatch):
   points = _cloud(0)
   whole = estimate_normals(cKDTree(points))
-  monkeypatch.setattr("point3r_jax.evaluation.reconstruction._CHUNK", 64)
+  monkeypatch.setattr("point3r_jax.evaluation.clouds._CHUNK", 64)
   np.testing.assert_array_equal(estimate_normals(cKDTree(points)), whole)
 
 

@@ -14,9 +14,13 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from point3r_jax.data.errors import InputError
-from point3r_jax.evaluation import runner
 from point3r_jax.evaluation.predictions import PredictionStore
-from point3r_jax.evaluation.runner import Request, evaluate
+from point3r_jax.evaluation.requests import (
+  Request,
+  open_evaluation,
+  prediction_inputs,
+)
+from point3r_jax.evaluation.runner import PREDICTIONS, evaluate
 from tests.evaluation import trees
 
 MANIFEST = {
@@ -40,9 +44,9 @@ MANIFEST = {
 
 def open_store(request):
   """Starts a store as an evaluation with a model would."""
-  benchmark, task = runner.open_evaluation(request)
-  store = PredictionStore(pathlib.Path(request.output) / runner.PREDICTIONS)
-  inputs = runner.prediction_inputs(request, benchmark, task)
+  benchmark, task = open_evaluation(request)
+  store = PredictionStore(pathlib.Path(request.output) / PREDICTIONS)
+  inputs = prediction_inputs(request, benchmark, task)
   store.start(MANIFEST | {"made_by": {**inputs, **MANIFEST["made_by"]}})
   return benchmark, store
 
