@@ -73,10 +73,10 @@ def precise_sum(values: np.ndarray) -> float:
   return float(values.sum(dtype=np.float64))
 
 
-def _lower_median(values: np.ndarray) -> float:
-  """Returns the median of (N,) values, the lower one for even N."""
-  middle = (values.size - 1) // 2
-  return float(np.partition(values, middle)[middle])
+def lower_median(values: np.ndarray) -> np.ndarray:
+  """Returns the median along the first axis, the lower one of even counts."""
+  middle = (len(values) - 1) // 2
+  return np.partition(values, middle, axis=0)[middle]
 
 
 def _ratio(truth: float, prediction: float) -> float:
@@ -91,7 +91,7 @@ def _ratio(truth: float, prediction: float) -> float:
 
 def _median(d: np.ndarray, g: np.ndarray, options: DepthOptions) -> Alignment:
   del options
-  return Alignment(_ratio(_lower_median(g), _lower_median(d)))
+  return Alignment(_ratio(float(lower_median(g)), float(lower_median(d))))
 
 
 def _scale(d: np.ndarray, g: np.ndarray, options: DepthOptions) -> Alignment:

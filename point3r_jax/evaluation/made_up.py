@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from point3r_jax.evaluation import depth, pose, reconstruction
+from point3r_jax.evaluation.clouds import transform
 from point3r_jax.evaluation.predict import Keep
 from point3r_jax.evaluation.predictions import SavedPrediction
 from point3r_jax.evaluation.report.figures import DepthFigure, Figures
@@ -24,6 +25,7 @@ from point3r_jax.evaluation.results import SequenceResult
 from point3r_jax.evaluation.sequences import Sequence, Trajectory
 from point3r_jax.evaluation.tasks import (
   cloud_figure,
+  compare_points,
   keep_points,
   predicted_trajectory,
   sequence_result,
@@ -88,8 +90,7 @@ def _constant_points(sequence: Sequence) -> list[np.ndarray]:
   maps = []
   for index in range(len(sequence)):
     view = sequence.load_points(index)
-    to_camera = np.linalg.inv(view.camera_to_world)
-    points = view.points @ to_camera[:3, :3].T + to_camera[:3, 3]
+    points = transform(np.linalg.inv(view.camera_to_world), view.points)
     depths = np.where(view.valid, points[..., 2], 1)
     maps.append(points / depths[..., None])
   return maps
@@ -128,7 +129,7 @@ class SyntheticTask:
       poses = self._poses(sequence, prediction)
     except pose.DegenerateTrajectoryError as error:
       return sequence_result(sequence, prediction, {}, excluded=str(error))
-    points = self._points(sequence, prediction)
+    points = compare_points(sequence, prediction, self.options.points)
     metrics = {
       "abs_rel": scaled["abs_rel"],
       "delta_1_25": scaled["delta_1_25"],
@@ -181,15 +182,6 @@ class SyntheticTask:
       self.options.poses,
     )
 
-  def _points(
-    self, sequence: Sequence, prediction: SavedPrediction
-  ) -> reconstruction.Reconstruction:
-    return reconstruction.evaluate_reconstruction(
-      map(sequence.load_points, range(len(sequence))),
-      prediction.arrays["points"],
-      self.options.points,
-    )
-
   def average(self, results: Many[SequenceResult]) -> dict[str, float]:
     """Averages over sequences, all alike; see `Task`."""
     return depth.weighted_mean([result.metrics for result in results])
@@ -216,7 +208,8 @@ class SyntheticTask:
       )
       poses = self._poses(sequence, prediction)
       paths.append(trajectory_figure(sequence, poses))
-      clouds.append(cloud_figure(sequence, self._points(sequence, prediction)))
+      points = compare_points(sequence, prediction, self.options.points)
+      clouds.append(cloud_figure(sequence, points))
     return Figures(trajectories=paths, depths=depths, clouds=clouds)
 
 

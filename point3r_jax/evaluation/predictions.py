@@ -198,6 +198,7 @@ class PredictionStore:
     """Opens a folder; nothing is written yet."""
     self.directory = pathlib.Path(directory)
     self._made_by = ""  # A digest, once it is known.
+    self._verified = set()  # Names: arrays are read in full for it only once.
 
   def manifest(self) -> dict[str, Any]:
     """Returns what made the predictions that are here.
@@ -240,6 +241,7 @@ class PredictionStore:
     self.directory.mkdir(parents=True, exist_ok=True)
     _write_json(path, manifest)
     self._made_by = _json_digest(manifest["made_by"])
+    self._verified.clear()
 
   def check(self, made_by: Mapping[str, Any]) -> None:
     """Sees that the predictions were made like this.
@@ -269,6 +271,7 @@ class PredictionStore:
     if self.directory.exists():
       self.directory.rename(old)
       shutil.rmtree(old)
+    self._verified.clear()
 
   def _folder(self, sequence: Sequence) -> pathlib.Path:
     # Flat and reversible, so that no two names share a folder.
@@ -277,13 +280,14 @@ class PredictionStore:
 
   def writer(self, sequence: Sequence) -> PredictionWriter:
     """Returns what takes a sequence's frames; what was there is removed."""
+    self._verified.discard(sequence.name)
     return PredictionWriter(self._folder(sequence), sequence, self._made_by)
 
   def load(self, sequence: Sequence) -> SavedPrediction | None:
     """Returns a sequence's verified prediction; None if there is none.
 
     One that is damaged, of other images, or not by what the manifest names,
-    counts as none, with a warning.
+    counts as none, with a warning. What was verified before is not read again.
     """
     folder = self._folder(sequence)
     try:
@@ -301,6 +305,8 @@ class PredictionStore:
     except (ValueError, KeyError, TypeError, OSError) as error:
       _log.warning("%s is damaged (%s)", folder, one_line(error))
       return None
+    if sequence.name in self._verified:
+      return found
     if origin[:2] != [sequence.name, _inputs(sequence)]:
       _log.warning("%s is of other images", folder)
       return None
@@ -311,4 +317,5 @@ class PredictionStore:
       if len(array) != len(sequence) or facts["arrays"][name] != _digest(array):
         _log.warning("%s is damaged: %s.npy has changed", folder, name)
         return None
+    self._verified.add(sequence.name)
     return found

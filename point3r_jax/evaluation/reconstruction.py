@@ -21,6 +21,7 @@ from point3r_jax.evaluation.clouds import (
   icp,
   transform,
 )
+from point3r_jax.evaluation.depth_alignment import lower_median
 from point3r_jax.evaluation.pose import fit_similarity
 from point3r_jax.evaluation.sequences import PointView
 
@@ -94,12 +95,6 @@ class MedianAlignment(NamedTuple):
   predicted_shift: float
   true_scale: float
   predicted_scale: float
-
-
-def _lower_median(values: np.ndarray) -> np.ndarray:
-  """Returns the median along the first axis, the lower one of even counts."""
-  middle = (len(values) - 1) // 2
-  return np.partition(values, middle, axis=0)[middle]
 
 
 class _Pixels(NamedTuple):
@@ -219,11 +214,11 @@ def _align_by_medians(
   """
   shifts, scales, shifted = [], [], []
   for points in (pixels.truth, pixels.prediction):
-    shifts.append(_lower_median(points[looked_at][:, 2]))
+    shifts.append(lower_median(points[looked_at][:, 2]))
     points = points - np.array([0, 0, shifts[-1]], np.float32)
     seen = points[looked_at]
-    distance = np.linalg.norm(seen - _lower_median(seen), axis=1)
-    scales.append(_lower_median(distance))
+    distance = np.linalg.norm(seen - lower_median(seen), axis=1)
+    scales.append(lower_median(distance))
     shifted.append(points)
   scales[1] = np.clip(scales[1], options.min_scale, options.max_scale)
   prediction = shifted[1] * (scales[0] / scales[1])

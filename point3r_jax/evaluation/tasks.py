@@ -17,6 +17,7 @@ from scipy.spatial.transform import Rotation
 
 from point3r_jax.data.errors import InputError
 from point3r_jax.evaluation import depth, pose, reconstruction
+from point3r_jax.evaluation.clouds import transform
 from point3r_jax.evaluation.depth_alignment import ALIGNMENTS, DepthOptions
 from point3r_jax.evaluation.predict import Keep
 from point3r_jax.evaluation.predictions import SavedPrediction
@@ -107,9 +108,10 @@ def predicted_trajectory(prediction: SavedPrediction) -> Trajectory:
   return Trajectory(np.arange(len(poses), dtype=np.float64), matrices)
 
 
-def true_depths(sequence: Sequence) -> np.ndarray:
-  """Returns (T, H0, W0) true depth of all frames."""
-  return np.stack([sequence.load_depth(i) for i in range(len(sequence))])
+def true_depths(sequence: Sequence, frames: range | None = None) -> np.ndarray:
+  """Returns (T, H0, W0) true depth of frames; of all if None."""
+  frames = range(len(sequence)) if frames is None else frames
+  return np.stack([sequence.load_depth(i) for i in frames])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +171,7 @@ class DepthTask:
     self, sequence: Sequence, prediction: SavedPrediction, frames: range
   ) -> tuple[np.ndarray, np.ndarray]:
     """Returns predicted and true maps (T, H0, W0) of some frames."""
-    truth = np.stack([sequence.load_depth(i) for i in frames])
+    truth = true_depths(sequence, frames)
     predicted = np.stack(
       [
         depth.resize_depth(
@@ -352,11 +354,12 @@ class PoseTask:
     )
 
 
-def _compare_points(
+def compare_points(
   sequence: Sequence,
   prediction: SavedPrediction,
   options: reconstruction.ReconstructionOptions,
 ) -> reconstruction.Reconstruction:
+  """Scores the saved points of a sequence."""
   return reconstruction.evaluate_reconstruction(
     map(sequence.load_points, range(len(sequence))),
     prediction.arrays["points"],
@@ -400,7 +403,7 @@ class ReconstructionTask:
     self, sequence: Sequence, prediction: SavedPrediction
   ) -> SequenceResult:
     """Scores a cloud; see `Task`."""
-    found = _compare_points(sequence, prediction, self.options)
+    found = compare_points(sequence, prediction, self.options)
     per_frame = {"accuracy": found.frame_accuracy.tolist()}
     return sequence_result(
       sequence, prediction, found.metrics, per_frame=per_frame
@@ -416,7 +419,7 @@ class ReconstructionTask:
     """Shows the clouds from above, in the first camera's frame; see `Task`."""
     clouds = []
     for sequence, prediction, _ in chosen:
-      found = _compare_points(sequence, prediction, self.options)
+      found = compare_points(sequence, prediction, self.options)
       clouds.append(cloud_figure(sequence, found))
     return Figures(clouds=clouds)
 
@@ -427,7 +430,7 @@ def cloud_figure(
   """Shows clouds in the frame of the first true camera."""
   to_first = np.linalg.inv(sequence.load_points(0).camera_to_world)
   truth, predicted = (
-    points[:: -(-len(points) // _CLOUD)] @ to_first[:3, :3].T + to_first[:3, 3]
+    transform(to_first, points[:: -(-len(points) // _CLOUD)])
     for points in (found.true_points, found.predicted_points)
   )
   return CloudFigure(

@@ -18,6 +18,7 @@ from point3r_jax.data.record import Record
 from point3r_jax.data.synthetic.cameras import PATHS
 from point3r_jax.data.synthetic.source import SyntheticSource
 from point3r_jax.evaluation.benchmarks.base import Layout
+from point3r_jax.evaluation.clouds import transform
 from point3r_jax.evaluation.sequences import PointView, Sequence, Trajectory
 
 
@@ -98,7 +99,7 @@ class Scene:
     record = self.record
     depth, pose = record["depth"][index], record["camera_to_world"][index]
     rays = viewing_rays(record["intrinsics"][index], depth.shape)
-    points = (depth[..., None] * rays) @ pose[:3, :3].T + pose[:3, 3]
+    points = transform(pose, depth[..., None] * rays)
     return PointView(points.astype(np.float32), depth > 0, pose)
 
 
