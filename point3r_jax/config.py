@@ -117,6 +117,22 @@ class ModelConfig:
 PRESETS: dict[str, ModelConfig] = {
   "point3r_512": ModelConfig(),
   "point3r_224": ModelConfig(image_size=224),
+  # Trained on made-up scenes, see point3r_jax.pretrained.
+  "tiny": ModelConfig(
+    image_size=128,
+    encoder_width=160,
+    encoder_depth=7,
+    encoder_heads=5,
+    decoder_width=96,
+    decoder_depth=4,
+    decoder_heads=3,
+    pointer_heads=3,
+    value_depth=1,
+    pose_slots=16,
+    dpt_widths=(24, 32, 48, 64),
+    dpt_features=48,
+    dpt_head_width=32,
+  ),
   # Small enough for tests; the reference numbers in tests/golden are of it.
   "small": ModelConfig(
     image_size=128,

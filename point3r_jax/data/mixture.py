@@ -80,6 +80,24 @@ class _Epoch(NamedTuple):
   views: np.ndarray
 
 
+class Draw(NamedTuple):
+  """A sample of a run, before it is read.
+
+  Attributes:
+    source: the dataset's place in the mixture.
+    index: the record in the dataset.
+    views: T.
+    image_size: (H, W).
+    rng: the only source of randomness in reading it.
+  """
+
+  source: int
+  index: int
+  views: int
+  image_size: tuple[int, int]
+  rng: np.random.Generator
+
+
 @functools.lru_cache(maxsize=4)
 def _order_epoch(rules: _Rules, epoch: int) -> _Epoch:
   """Draws the order of an epoch."""
@@ -220,16 +238,14 @@ class Mixture:
     epoch, batch = divmod(step, self.steps_per_epoch)
     return _order_epoch(self._rules, epoch), batch
 
-  def __getitem__(self, position: int) -> Record:
-    """Reads a sample.
+  def draw(self, position: int) -> Draw:
+    """Says which sample is at a position.
 
     Args:
       position: in the run; batch s is the positions from s·G to (s + 1)·G.
 
     Raises:
       IndexError: there is no such position.
-      InputError: the dataset cannot give the record, or gives no valid one;
-        names both.
     """
     position = operator.index(position)
     if not 0 <= position < len(self):
@@ -238,12 +254,24 @@ class Mixture:
       )
     epoch, place = divmod(position, self.steps_per_epoch * self.batch_size)
     order = _order_epoch(self._rules, epoch)
-    number, index = int(order.source[place]), int(order.index[place])
     batch = place // self.batch_size
-    views = int(order.views[batch])
-    image_size = tuple(self.image_sizes[order.size[batch]])
-    rng = np.random.default_rng((self.seed, epoch, place))
+    return Draw(
+      source=int(order.source[place]),
+      index=int(order.index[place]),
+      views=int(order.views[batch]),
+      image_size=tuple(self.image_sizes[order.size[batch]]),
+      rng=np.random.default_rng((self.seed, epoch, place)),
+    )
 
+  def __getitem__(self, position: int) -> Record:
+    """Reads the sample at a position; see `draw`.
+
+    Raises:
+      IndexError: there is no such position.
+      InputError: the dataset cannot give the record, or gives no valid one;
+        names both.
+    """
+    number, index, views, image_size, rng = self.draw(position)
     source = self.parts[number][0]
     where = f"dataset {source.name!r}, record {index}"
     try:

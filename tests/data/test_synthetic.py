@@ -143,7 +143,7 @@ def views(records):
   """
 
   def sample(number, draw, poses, rays):
-    keys = sequence_keys(jnp.uint32(SOURCE.seed), number, draw)
+    keys = sequence_keys([jnp.uint32(SOURCE.seed), number, draw])
     # The poses are not asked for, so they are not computed again.
     sequence = sample_sequence(
       *keys, views=VIEWS, image_size=SIZE, options=OPTIONS

@@ -1,11 +1,15 @@
-"""Made-up sequences as a dataset, rendered on the CPU."""
+"""Made-up sequences as a dataset.
+
+A sequence is a function of a few numbers, its recipe: rendered on the CPU for
+the loader's records, or on the devices that train (see `training.feed`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import ClassVar
 
+import flax.struct
 import jax
 import numpy as np
 
@@ -17,19 +21,54 @@ from point3r_jax.data.synthetic.render import Options, render_sequence
 SPLITS = ("train", "test")
 
 
-def sequence_keys(
-  seed: jax.Array, number: jax.Array, draw: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """Returns the keys of a scene and of a path through it; all are uint32."""
+@flax.struct.dataclass
+class Recipe:
+  """What fixes a sequence, beside its size and the source's `Options`.
+
+  Attributes:
+    numbers: (3,) uint32: the source's seed, the scene and the path's draw.
+    is_metric: () bool, whether its lengths are to be learnt as metres.
+  """
+
+  numbers: np.ndarray | jax.Array
+  is_metric: np.ndarray | jax.Array
+
+
+def sequence_keys(numbers: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns the keys of a scene and of a path through it.
+
+  Args:
+    numbers: (3,) uint32, see `Recipe`.
+  """
+  seed, number, draw = numbers
   # The kind is named: scenes must not depend on JAX's settings.
   key = jax.random.key(seed, impl="threefry2x32")
   scene_key, camera_key = jax.random.split(jax.random.fold_in(key, number))
   return scene_key, jax.random.fold_in(camera_key, draw)
 
 
-@functools.partial(jax.jit, static_argnames=("views", "image_size", "options"))
-def _render(seed, number, draw, **how):
-  return render_sequence(*sequence_keys(seed, number, draw), **how)
+def render(
+  recipe: Recipe, *, views: int, image_size: tuple[int, int], options: Options
+) -> dict[str, jax.Array]:
+  """Renders a sequence; pure, see `render_sequence`.
+
+  Args:
+    recipe: which sequence.
+    views: T.
+    image_size: (H, W).
+    options: what is made up.
+
+  Returns:
+    image, depth, intrinsics, camera_to_world and is_metric; see `data.record`.
+  """
+  keys = sequence_keys(recipe.numbers)
+  sequence = render_sequence(
+    *keys, views=views, image_size=image_size, options=options
+  )
+  return sequence | {"is_metric": recipe.is_metric}
+
+
+_render = jax.jit(render, static_argnames=("views", "image_size", "options"))
 
 
 def _cpu() -> jax.Device:
@@ -58,6 +97,8 @@ class SyntheticSource:
     indoor: the share of rooms and courtyards; the rest is open ground.
     moving: the share of scenes in which objects move.
     paths: the kinds of camera paths, of `cameras.PATHS`, equally often.
+    metric: the share of sequences whose lengths are to be learnt as metres; of
+      the others the shape alone counts.
   """
 
   name: ClassVar[str] = "synthetic"
@@ -68,6 +109,7 @@ class SyntheticSource:
   indoor: float = 0.7
   moving: float = 0.2
   paths: tuple[str, ...] = PATHS
+  metric: float = 1.0
 
   def __post_init__(self):
     """Checks the values.
@@ -81,10 +123,13 @@ class SyntheticSource:
       raise InputError(f"seed is {self.seed}, but must be 0 to 2^32 - 1")
     if self.split not in SPLITS:
       raise InputError(f"split is {self.split!r}, but must be one of {SPLITS}")
-    self._options()
+    if not 0 <= self.metric <= 1:
+      raise InputError(f"metric is {self.metric}, but a share is from 0 to 1")
+    _ = self.options  # It checks the rest.
 
-  def _options(self) -> Options:
-    """Returns what is made up; raises an `InputError` for what cannot be."""
+  @property
+  def options(self) -> Options:
+    """What is made up; raises an `InputError` for what cannot be."""
     return Options(
       indoor=self.indoor, moving=self.moving, paths=tuple(self.paths)
     )
@@ -93,6 +138,26 @@ class SyntheticSource:
     """Returns the number of scenes."""
     return self.scenes
 
+  def recipe(self, index: int, rng: np.random.Generator) -> Recipe:
+    """Draws a path through a scene.
+
+    Args:
+      index: of the scene.
+      rng: draws the path, and whether the sequence is metric.
+
+    Raises:
+      InputError: if there is no such scene.
+    """
+    if not 0 <= index < self.scenes:
+      raise InputError(f"there is no scene {index} among {self.scenes}")
+    # Scenes of splits alternate, so that each has its own for any `scenes`.
+    number = len(SPLITS) * index + SPLITS.index(self.split)
+    draw = rng.integers(2**32)
+    return Recipe(
+      numbers=np.array([self.seed, number, draw], np.uint32),
+      is_metric=np.array(rng.random() < self.metric),
+    )
+
   def sequence(
     self,
     index: int,
@@ -100,7 +165,7 @@ class SyntheticSource:
     image_size: tuple[int, int],
     rng: np.random.Generator,
   ) -> Record:
-    """Renders a path through a scene.
+    """Renders a path through a scene, on the CPU.
 
     Args:
       index: of the scene.
@@ -114,25 +179,17 @@ class SyntheticSource:
     Raises:
       InputError: if there is no such scene, view or image.
     """
-    if not 0 <= index < self.scenes:
-      raise InputError(f"there is no scene {index} among {self.scenes}")
+    recipe = self.recipe(index, rng)
     if views < 1 or min(image_size) < 1:
       raise InputError(f"cannot render {views} views of size {image_size}")
-    numbers = (
-      self.seed,
-      # Scenes of splits alternate, so that each has its own for any `scenes`.
-      len(SPLITS) * index + SPLITS.index(self.split),
-      rng.integers(2**32),
-    )
     cpu = _cpu()
     # A mesh of its own: the caller may have set one of other devices.
     with jax.set_mesh(jax.sharding.Mesh([cpu], "cpu")):
-      arguments = jax.device_put([np.uint32(n) for n in numbers], cpu)
       record = _render(
-        *arguments,
+        jax.device_put(recipe, cpu),
         views=views,
         image_size=tuple(image_size),
-        options=self._options(),
+        options=self.options,
       )
       # Copied, for what JAX hands out cannot be written to.
       return jax.tree.map(np.array, jax.device_get(record))
