@@ -83,7 +83,7 @@ def measure(experiment: Experiment, flags: argparse.Namespace) -> dict:
   (image_size,) = config.image_sizes
   started = time.perf_counter()
   compiled = lower_step(experiment, (config.views, *image_size)).compile(
-    compiler_options()
+    compiler_options(config.cuda_graphs)
   )
   compile_seconds = time.perf_counter() - started
 

@@ -35,6 +35,10 @@ def get_config() -> ConfigDict:
   c.batch_size = 128  # Sequences a step, over all devices.
   c.epochs = 100
 
+  # Made-up scenes can be rendered on the devices that train, instead of by the
+  # loader; `synthetic` is the only dataset then.
+  c.render_on_devices = False
+
   # The loader: worker processes (0: this one's threads), threads in each,
   # batches made ahead by each.
   c.loader = ConfigDict()
@@ -77,6 +81,10 @@ def get_config() -> ConfigDict:
   c.optimizer.accumulate = 1
   c.optimizer.freeze = ()
   c.optimizer.ema_decay = 0.0
+
+  # Launch the step as CUDA graphs: a gain for small models, a loss for large
+  # ones.
+  c.cuda_graphs = False
 
   # The mesh: -1 takes the devices that the other axis leaves. `rules` are pairs
   # of an expression for a parameter's path and "fsdp" or "replicate".

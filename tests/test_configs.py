@@ -7,6 +7,7 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from configs import synthetic_tiny
 from point3r_jax.data.errors import InputError
 from point3r_jax.training.experiment import (
   ConfigError,
@@ -37,6 +38,7 @@ STAGES = {
   "stage3_long": Stage(8, 1, 10, 0.5, (1e-5, 1e-6), 16_900, 2112, 0.1),
   "finetune": Stage(8, 1, 10, 0.5, (1e-6, 1e-7), 26_000, 3250, 0.1),
 }
+TINY = {"pairs": 2, "views": 5, "long": 12}  # Views of its stages.
 LATER = ("stage2_512", "stage3_long", "finetune")
 
 # Samples in an epoch of the four stages, and the folder.
@@ -148,15 +150,22 @@ def test_all_datasets_that_are_missing_are_named_at_once(name):
 def test_the_synthetic_config_needs_nothing():
   config = load("synthetic_tiny", "seed=7", "views=3")
   mixture, step = make_mixture(config), make_step_config(config)
-  assert mixture.steps_per_epoch == step.steps_per_epoch == 1000
+  assert mixture.steps_per_epoch == step.steps_per_epoch == 400
   assert (mixture.seed, mixture.views) == (7, 3)
   assert mixture.image_sizes == ((96, 128),)
-  assert len(mixture.parts[0][0]) == 100_000
+  assert len(mixture.parts[0][0]) == 1_000_000
 
   with config.ignore_type():
     config.views = (2, 4)
   mixture = make_mixture(config)
   assert {mixture.views_of(step) for step in range(50)} == {2, 3, 4}
+
+
+def test_stages_of_the_synthetic_config():
+  views = {stage: synthetic_tiny.get_config(stage).views for stage in TINY}
+  assert views == TINY
+  with pytest.raises(ValueError, match=r"unknown stage .short.*pairs"):
+    synthetic_tiny.get_config("short")
 
 
 @pytest.mark.parametrize(
@@ -181,8 +190,8 @@ def test_what_is_not_in_the_config_is_an_error(argument, message):
     ("rollout.attention=flash", "unknown attention 'flash'"),
     ("rollout.remat=all", "unknown remat 'all'"),
     ("model.preset=large", "unknown preset 'large'.*small"),
-    ("optimizer.warmup_epochs=21.0", "warmup_epochs.*21.0 of 20"),
-    ("batch_size=16001", "16000 samples has no full batch of 16001"),
+    ("optimizer.warmup_epochs=11.0", "warmup_epochs.*11.0 of 10"),
+    ("batch_size=102401", "102400 samples has no full batch of 102401"),
   ],
 )
 def test_values_without_meaning_are_named(argument, message):

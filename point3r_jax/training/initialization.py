@@ -7,6 +7,7 @@ import pathlib
 import jax
 import numpy as np
 
+from point3r_jax import pretrained
 from point3r_jax.checkpoints import (
   CheckpointError,
   config_differences,
@@ -29,8 +30,9 @@ def initial_params(
   Args:
     model: the model to train.
     init_from: a checkpoint directory, also of a training run (its latest step)
-      or one of the latter's steps; a .pth or .safetensors file of Point3R or
-      DUSt3R; or empty, to start as the published training does.
+      or one of the latter's steps; the name of one that comes with the
+      package; a .pth or .safetensors file of Point3R or DUSt3R; or empty, to
+      start as the published training does.
     seed: of what is initialised.
 
   Returns:
@@ -45,14 +47,15 @@ def initial_params(
   if not init_from:
     return init_params(model, seed), [f"parameters: initialised, seed {seed}"]
   path = pathlib.Path(init_from)
-  if path.is_dir():
-    config, params = load_params_to_host(path)
-    lines = [f"parameters: from the checkpoint {path}"]
+  if pretrained.find(init_from) or path.is_dir():
+    config, params = load_params_to_host(init_from)
+    lines = [f"parameters: from the checkpoint {init_from}"]
   elif path.exists():
     config, params, lines = _from_file(path, seed)
   else:
     raise CheckpointError(
-      f"init_from: there is no {init_from}; give a checkpoint directory, a "
+      f"init_from: there is no {init_from}; give a checkpoint directory, one "
+      f"of the package ({', '.join(pretrained.names()) or 'it has none'}), a "
       ".pth or .safetensors file, or nothing to start afresh"
     )
   differences = config_differences(config, model, ignore=_FREE)

@@ -14,13 +14,10 @@ import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import numpy as np
 
-from point3r_jax.data.loader import open_loader
 from point3r_jax.data.mixture import Mixture
-from point3r_jax.data.record import Record
 from point3r_jax.differences import differences
 from point3r_jax.folder_lock import lock_folder
 from point3r_jax.training.checkpointing import Checkpoints, check_resume
@@ -29,6 +26,7 @@ from point3r_jax.training.experiment import (
   dataset_options,
   make_mixture,
 )
+from point3r_jax.training.feed import open_feed
 from point3r_jax.training.initialization import initial_params
 from point3r_jax.training.logs import (
   Meter,
@@ -43,14 +41,10 @@ from point3r_jax.training.programs import (
   abstract_state,
   make_predict,
 )
-from point3r_jax.training.sharding import batch_sharding
 from point3r_jax.training.state import TrainState
 
 # Steps that may be on their way before their metrics are looked at.
 _IN_FLIGHT = 2
-# Fields of a batch that say which samples it is of; the step has no use for
-# them.
-_IDENTITY = ("source", "index")
 # Beginnings of the names of metrics that are averaged over a log interval.
 _AVERAGED = ("loss", "error", "grad_norm", "pointers")
 
@@ -207,24 +201,6 @@ class _Profile:
       _log.info("profile written to %s", self._directory)
 
 
-def _identify(mixture: Mixture, batch: Record) -> str:
-  """Says which records a process's batch is made of."""
-  return ", ".join(
-    f"{mixture.parts[source][0].name} {index}"
-    for source, index in zip(batch["source"], batch["index"], strict=True)
-  )
-
-
-def _upload(experiment: Experiment, batch: Record) -> dict[str, jax.Array]:
-  """Joins the processes' batches to one on the devices."""
-  sharding = batch_sharding(experiment.mesh)
-  return {
-    name: jax.make_array_from_process_local_data(sharding, value)
-    for name, value in batch.items()
-    if name not in _IDENTITY
-  }
-
-
 def _start(
   experiment: Experiment, checkpoints: Checkpoints, meta: dict[str, Any]
 ) -> TrainState:
@@ -261,24 +237,24 @@ def _shapes_ahead(mixture: Mixture, first: int, total: int) -> list[Shape]:
   return list(shapes)
 
 
-def _panel(params, predict, batch: Record, uploaded) -> np.ndarray | None:
+def _panel(params, predict, batch: dict[str, jax.Array]) -> np.ndarray | None:
   """Draws this process's first sample; None in other processes than the first.
 
   All processes compute the predictions together.
   """
-  prediction = predict(params, uploaded)
+  prediction = predict(params, batch)
   if jax.process_index():
     return None
 
-  def first(x):
-    return np.asarray(x.addressable_shards[0].data)[:, 0]
+  def local(x):
+    return np.asarray(x.addressable_shards[0].data)
 
   return training_panel(
-    batch["image"][0],
-    batch["depth"][0],
-    first(prediction.points_camera)[..., 2],
-    first(prediction.confidence_camera),
-    first(prediction.pointer_count),
+    local(batch["image"])[0],
+    local(batch["depth"])[0],
+    local(prediction.points_camera)[:, 0, ..., 2],
+    local(prediction.confidence_camera)[:, 0],
+    local(prediction.pointer_count)[:, 0],
   )
 
 
@@ -334,16 +310,7 @@ def train(experiment: Experiment, options: RunOptions) -> TrainState:
     if step >= last:
       _log.info("nothing to do: step %d of %d is done already", step, last)
       return state
-    loader = stack.enter_context(
-      open_loader(
-        grain.MapDataset.source(mixture),
-        batch_size=config.batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        start_step=step,
-        **config.loader.to_dict(),
-      )
-    )
+    feed = stack.enter_context(open_feed(experiment, mixture, step))
     log = stack.enter_context(
       MetricLog(workdir, start_step=step, active=jax.process_index() == 0)
     )
@@ -360,18 +327,17 @@ def train(experiment: Experiment, options: RunOptions) -> TrainState:
 
     while step < last:
       with meter.waiting():
-        batch = next(loader)
+        batch, samples = next(feed)
       shape = batch["depth"].shape[1:]
       if not programs.is_ready(shape):
         watch.drain()
         with meter.paused():
           programs.wait(shape)
-      uploaded = _upload(experiment, batch)
       step += 1
       profile.before(step, watch)
       with jax.transfer_guard("disallow"):
-        state, metrics = programs.step(state, uploaded)
-      watch.add(_Pending(step, _identify(mixture, batch), metrics))
+        state, metrics = programs.step(state, batch)
+      watch.add(_Pending(step, samples, metrics))
       meter.step(config.batch_size * batch["depth"].shape[1])
       profile.after(step, watch)
 
@@ -386,7 +352,7 @@ def train(experiment: Experiment, options: RunOptions) -> TrainState:
       if config.log.panel_every and step % config.log.panel_every == 0:
         watch.drain()
         with meter.paused():
-          panel = _panel(state.params, predict, batch, uploaded)
+          panel = _panel(state.params, predict, batch)
           if panel is not None:
             log.write_image(step, "train", panel)
       stopping = checkpoints.reached_preemption(step) or stop.is_set()

@@ -8,32 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from point3r_jax.export import colors
+
 MAX_VIEWS = 8
 MAX_ERROR = 0.5  # Relative; larger errors look the same.
 
-
-def _color_table(stops: str) -> np.ndarray:
-  """Returns (256, 3) uint8 through colours at equal distances."""
-  colors = np.array([list(bytes.fromhex(stop)) for stop in stops.split()])
-  x = np.linspace(0, len(colors) - 1, 256)
-  channels = [np.interp(x, np.arange(len(colors)), c) for c in colors.T]
-  return np.rint(np.stack(channels, axis=-1)).astype(np.uint8)
-
-
-_TURBO = _color_table(
-  "30123b 4040a2 466be3 4294ff 28bceb 18ddc2 32f298 6dfe62 a4fc3c cbed34 ecd13a"
-  " fdae35 fb8122 ec530f d23105 ac1701 7a0403"
-)
-_INFERNO = _color_table(
-  "000004 0b0724 210c4a 3d0965 57106e 71196e 8a226a a32c61 bc3754 d04545 e35933"
-  " f1711f f98c0a fcaa0f f9c932 f2e865 fcffa4"
-)
-_VIRIDIS = _color_table(
-  "440154 48186a 472d7b 424086 3b528b 33638d 2c728e 26828e 21918c 1f9f88 27ad81"
-  " 3dbc74 5cc863 81d34d aadc32 d5e21a fde725"
-)
-_NO_TRUTH = (72, 72, 72)
-_BROKEN = (255, 0, 255)
 _INK, _FAINT = (34, 34, 34), (140, 140, 140)
 
 # Pixels of the finished picture.
@@ -61,38 +40,6 @@ class _Row:
   scale: str = "log"
 
 
-def colorize(level: np.ndarray, table: np.ndarray) -> np.ndarray:
-  """Returns (..., 3) uint8 colours of levels; outside 0 to 1 the end colours.
-
-  Args:
-    level: (...), without NaN.
-    table: (256, 3) uint8.
-  """
-  return table[np.rint(255 * np.clip(level, 0, 1)).astype(np.uint8)]
-
-
-def _is_measure(values: np.ndarray) -> np.ndarray:
-  """Returns where a depth or a confidence is one: positive and finite."""
-  return np.isfinite(values) & (values > 0)
-
-
-def _range(values: np.ndarray) -> tuple[float, float]:
-  """Returns percentiles 2 and 98, apart from each other; (1, 2) of nothing."""
-  if not values.size:
-    return 1.0, 2.0
-  low, high = np.percentile(values, [2, 98])
-  return low, max(high, 1.001 * low)
-
-
-def _log_colors(
-  values: np.ndarray, ends: tuple[float, float], table: np.ndarray
-) -> np.ndarray:
-  """Returns colours on a logarithmic scale; (T, H, W, 3) uint8."""
-  low, high = ends
-  level = np.log(np.where(_is_measure(values), values, low) / low)
-  return colorize(level / np.log(high / low), table)
-
-
 def _rows(
   images: np.ndarray,
   true: np.ndarray,
@@ -109,33 +56,28 @@ def _rows(
     confidence: (T, H, W).
     scale: for the label.
   """
-  has_truth, has_depth = _is_measure(true), _is_measure(predicted)
-  # Logarithmic: the same relative error is the same difference in colour.
-  reference = true[has_truth] if has_truth.any() else predicted[has_depth]
-  depth_ends = _range(reference)
-  near_is_red = _TURBO[::-1]
-  has_confidence = _is_measure(confidence)
-  confidence_ends = _range(confidence[has_confidence])
-  error = np.abs(np.where(has_depth, predicted, 0) - true)
-  error = np.where(has_truth, error, 0) / np.where(has_truth, true, 1)
-
-  true_picture = _log_colors(true, depth_ends, near_is_red)
-  true_picture[~has_truth] = _NO_TRUTH
-  predicted_picture = _log_colors(predicted, depth_ends, near_is_red)
-  predicted_picture[~has_depth] = _BROKEN
-  error_picture = colorize(error / MAX_ERROR, _INFERNO)
-  error_picture[~has_depth] = _BROKEN
-  error_picture[~has_truth] = _NO_TRUTH
-  confidence_picture = _log_colors(confidence, confidence_ends, _VIRIDIS)
-  confidence_picture[~has_confidence] = _BROKEN
+  reference = true if colors.is_measure(true).any() else predicted
+  depth_ends = colors.usual_range(reference)
+  confidence_ends = colors.usual_range(confidence)
+  depth_table = colors.NEAR_IS_RED
+  true_picture = colors.log_colors(
+    true, depth_ends, depth_table, colors.NO_TRUTH
+  )
+  predicted_picture = colors.log_colors(predicted, depth_ends, depth_table)
+  error_picture = colors.error_colors(predicted, true, MAX_ERROR)
+  confidence_picture = colors.log_colors(
+    confidence, confidence_ends, colors.VIRIDIS
+  )
   error_ends = (0.0, MAX_ERROR)
   predicted_title = ["predicted depth", f"x {scale:.3g}"]
   return [
     _Row(["input"], images),
-    _Row(["true depth"], true_picture, near_is_red, depth_ends),
-    _Row(predicted_title, predicted_picture, near_is_red, depth_ends),
-    _Row(["relative error"], error_picture, _INFERNO, error_ends, "linear"),
-    _Row(["confidence"], confidence_picture, _VIRIDIS, confidence_ends),
+    _Row(["true depth"], true_picture, depth_table, depth_ends),
+    _Row(predicted_title, predicted_picture, depth_table, depth_ends),
+    _Row(
+      ["relative error"], error_picture, colors.INFERNO, error_ends, "linear"
+    ),
+    _Row(["confidence"], confidence_picture, colors.VIRIDIS, confidence_ends),
   ]
 
 
@@ -159,7 +101,10 @@ def _draw_label(draw: ImageDraw.ImageDraw, top: int, row: _Row) -> None:
     top += 18
   top += 4
   if row.table is None:
-    marks = ((_NO_TRUTH, "no truth"), (_BROKEN, "not finite or <= 0"))
+    marks = (
+      (colors.NO_TRUTH, "no truth"),
+      (colors.BROKEN, "not finite or <= 0"),
+    )
     for color, text in marks:
       draw.rectangle((left, top + 3, left + 8, top + 11), color)
       draw.text((left + 14, top), text, _INK, small)
@@ -260,7 +205,7 @@ def training_panel(
     depth_predicted=predicted,
     confidence=confidence,
   )
-  both = _is_measure(true) & _is_measure(predicted)
+  both = colors.is_measure(true) & colors.is_measure(predicted)
   scale = np.median(true[both] / predicted[both]) if both.any() else 1.0
   views = len(images)
   shown = np.linspace(0, views - 1, min(views, MAX_VIEWS)).round().astype(int)

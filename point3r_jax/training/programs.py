@@ -22,20 +22,32 @@ from point3r_jax.training.step import FLAGS, sequence_loss, train_step
 # (T, H, W) of a batch's sequences.
 Shape = tuple[int, int, int]
 
-# A step has hundreds of different matrix products: Triton would tune each for
-# longer than all else takes to compile. CUDA graphs of the bodies of loops cost
-# more than they save.
-_GPU_OPTIONS = {
-  "xla_gpu_enable_triton_gemm": False,
-  "xla_gpu_enable_command_buffer": "",
-}
+# All that a CUDA graph may hold but what crosses devices.
+_IN_GRAPHS = (
+  "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,WHILE,"
+  "DYNAMIC_SLICE_FUSION"
+)
 
 _log = logging.getLogger(__name__)
 
 
-def compiler_options() -> dict[str, bool | str] | None:
-  """Returns XLA's options for training steps on the default device."""
-  return _GPU_OPTIONS if jax.default_backend() == "gpu" else None
+def compiler_options(
+  cuda_graphs: bool = False,
+) -> dict[str, bool | str] | None:
+  """Returns XLA's options for training steps on the default device.
+
+  Args:
+    cuda_graphs: on GPUs, launch the step as CUDA graphs. They save a small
+      model's launches, and cost a large one more than that.
+  """
+  if jax.default_backend() != "gpu":
+    return None
+  return {
+    # A step has hundreds of different matrix products: Triton would tune each
+    # for longer than all else takes to compile.
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_gpu_enable_command_buffer": _IN_GRAPHS if cuda_graphs else "",
+  }
 
 
 def batch_shapes(
@@ -88,7 +100,9 @@ def _compile_step(
     reason,
   )
   started = time.monotonic()
-  compiled = lower_step(experiment, shape).compile(compiler_options())
+  compiled = lower_step(experiment, shape).compile(
+    compiler_options(experiment.config.cuda_graphs)
+  )
   _log.info(
     "compiled the step for %d views of %dx%d in %.0f s",
     views,

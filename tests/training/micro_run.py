@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
   c.image_sizes = (micro.IMAGE_SIZE,)
   c.batch_size = 2
   c.epochs = 1
+  c.render_on_devices = False
   c.loader.workers = 0
   c.log.every = 1
   c.log.panel_every = 0

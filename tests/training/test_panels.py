@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from point3r_jax.export import colors
 from point3r_jax.training import panels
 from point3r_jax.training.panels import training_panel
 
@@ -44,11 +45,11 @@ def test_cells_of_a_perfect_prediction(sequence):
     np.testing.assert_array_equal(cell(panel, INPUT, view), image)
     true = cell(panel, TRUE, view)
     np.testing.assert_array_equal(cell(panel, PREDICTED, view), true)
-    assert is_color(cell(panel, ERROR, view), panels._INFERNO[0]).all()
-    assert is_color(true[-1], panels._TURBO[-1]).all()  # Near is red.
-    assert is_color(true[0], panels._TURBO[0]).all()
+    assert is_color(cell(panel, ERROR, view), colors.INFERNO[0]).all()
+    assert is_color(true[-1], colors.TURBO[-1]).all()  # Near is red.
+    assert is_color(true[0], colors.TURBO[0]).all()
     confidence = cell(panel, CONFIDENCE, view)
-    assert is_color(confidence[0], panels._VIRIDIS[-1]).all()
+    assert is_color(confidence[0], colors.VIRIDIS[-1]).all()
 
 
 def test_error_is_relative_and_after_scaling(sequence):
@@ -56,9 +57,9 @@ def test_error_is_relative_and_after_scaling(sequence):
   sequence["depth_predicted"][:, 40:50, 10:20] *= 3
   panel = training_panel(**sequence)
   error = cell(panel, ERROR)
-  assert is_color(error[10:20, 10:20], panels._INFERNO[102]).all()
-  assert is_color(error[40:50, 10:20], panels._INFERNO[255]).all()
-  assert is_color(error[60:], panels._INFERNO[0]).all()
+  assert is_color(error[10:20, 10:20], colors.INFERNO[102]).all()
+  assert is_color(error[40:50, 10:20], colors.INFERNO[255]).all()
+  assert is_color(error[60:], colors.INFERNO[0]).all()
 
 
 def test_unknown_truth_is_grey(sequence):
@@ -66,9 +67,9 @@ def test_unknown_truth_is_grey(sequence):
   true[0, :30], true[0, 30:40], true[0, 40:50] = 0, np.nan, np.inf
   panel = training_panel(**sequence)
   for row in (TRUE, ERROR):
-    grey = is_color(cell(panel, row), panels._NO_TRUTH)
+    grey = is_color(cell(panel, row), colors.NO_TRUTH)
     assert grey[:50].all() and not grey[50:].any()
-  assert not is_color(cell(panel, PREDICTED), panels._NO_TRUTH).any()
+  assert not is_color(cell(panel, PREDICTED), colors.NO_TRUTH).any()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, -1.0, 0.0])
@@ -79,9 +80,9 @@ def test_broken_predictions_are_magenta(sequence, bad):
   sequence["depth_true"][0, 25:30] = 0
   panel = training_panel(**sequence)
   for row in (PREDICTED, CONFIDENCE):
-    magenta = is_color(cell(panel, row), panels._BROKEN)
+    magenta = is_color(cell(panel, row), colors.BROKEN)
     assert magenta[20:30, 5:15].all() and magenta.sum() == 100
-  magenta = is_color(cell(panel, ERROR), panels._BROKEN)
+  magenta = is_color(cell(panel, ERROR), colors.BROKEN)
   assert magenta[20:25, 5:15].all() and magenta.sum() == 50
   np.testing.assert_array_equal(
     cell(panel, PREDICTED, 1)[::7], cell(good, PREDICTED, 1)[::7]
