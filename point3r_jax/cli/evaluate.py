@@ -16,7 +16,10 @@ from point3r_jax.data.errors import InputError
 from point3r_jax.precision import POLICIES
 
 # Flags that are options of `Stream`.
-_STREAM = ("precision", "fusion", "fusion_divisor", "capacity", "max_capacity")
+_STREAM = (
+  *("precision", "fusion", "fusion_divisor", "rotary"),
+  *("capacity", "max_capacity"),
+)
 _TASKS = ("mv_recon", "monodepth", "video_depth", "relpose", "synthetic")
 
 
@@ -32,8 +35,8 @@ def _parser() -> argparse.ArgumentParser:
   add("--data", help="the dataset's folder")
   add(
     "--checkpoint",
-    help="what to predict with; without it, predictions that are in the output "
-    "folder are scored again",
+    help="what to predict with, as for reconstruct.py; without it, predictions "
+    "that are in the output folder are scored again",
   )
   add("--output", required=True, help="folder for predictions and reports")
   add("--ema", action="store_true", help="take the moving average")
@@ -86,6 +89,13 @@ def _parser() -> argparse.ArgumentParser:
     "--fusion_divisor",
     type=float,
     help="the scene's extent over this is the fusion distance (default: 20)",
+  )
+  add(
+    "--no_rotary",
+    dest="rotary",
+    action="store_false",
+    default=None,
+    help="leave out the 3D rotary embedding: for models trained without it",
   )
   return parser
 

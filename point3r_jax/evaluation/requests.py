@@ -29,6 +29,7 @@ PUBLISHED_STREAM = {
   "precision": "float32",
   "fusion": True,
   "fusion_divisor": 20.0,
+  "rotary": True,
   "max_capacity": None,
 }
 
@@ -134,8 +135,8 @@ class Request:
     ema: take the checkpoint's moving average.
     options: protocol options by name; text or values. All have the published
       value by default.
-    stream: options of `Stream`: precision, fusion, fusion_divisor, capacity,
-      max_capacity; those that are not there are as published.
+    stream: options of `Stream`: precision, fusion, fusion_divisor, rotary,
+      capacity, max_capacity; those that are not there are as published.
     batch_size: sequences side by side.
     allow_missing: leave out sequences that are missing or broken, and say so.
     overwrite: replace predictions that were made otherwise.

@@ -148,6 +148,19 @@ def test_another_model_is_refused_unless_told_to(
   assert after["last_depth/abs_rel"] == before["last_depth/abs_rel"]
 
 
+def test_without_rotary_is_another_model_and_says_so(
+  evaluated, checkpoint, tmp_path
+):
+  output = tmp_path / "out"
+  flags = ["--checkpoint", checkpoint, "--batch_size", "2", "--no_rotary"]
+  assert synthetic(output, *flags) == 0
+  found, usual = read(output), read(evaluated)
+  assert found["run"]["stream"] == usual["run"]["stream"] | {"rotary": False}
+  assert "rotary=False" in found["run"]["deviations"]
+  assert not any("rotary" in x for x in usual["run"]["deviations"])
+  assert found["abs_rel"] != usual["abs_rel"]
+
+
 def test_published_protocol_on_a_miniature(checkpoint, tmp_path, capsys):
   """Video depth, batched, with a sequence that is broken."""
   names = ["alley_1", "cave_2", "temple_2"]
@@ -182,6 +195,7 @@ def test_published_protocol_on_a_miniature(checkpoint, tmp_path, capsys):
     (["--dataset", "synthetic", "--options", "alignment=lad"], "'lad' is none"),
     (["--dataset", "synthetic", "--overwrite"], "need a checkpoint"),
     (["--dataset", "synthetic", "--no_fusion"], "need a checkpoint"),
+    (["--dataset", "synthetic", "--no_rotary"], "need a checkpoint"),
     (
       [
         *("--dataset", "synthetic", "--fusion_divisor", "0"),
