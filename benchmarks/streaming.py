@@ -1,0 +1,508 @@
+"""Times what a frame of a live stream costs.
+
+  python -m benchmarks.streaming --case latency throughput
+  python -m benchmarks.streaming --case batch --streams 8
+  python -m benchmarks.streaming --case latency --size 224 224
+  python -m benchmarks.streaming --case compile
+  python -m benchmarks.streaming --case growth --model CHECKPOINT \\
+    --frames 2000 --output output/streaming
+  python -m benchmarks.streaming --tiny --case latency growth
+
+Prints a line of JSON for each case:
+
+- latency: each frame waited for. uint8 image on the host in, pose and world
+  points on the device out.
+- throughput: frames fed without waiting, in blocks at whose end is a wait. The
+  frames are real ones' order: none is looked at ahead.
+- batch: the same two with several streams side by side; milliseconds are those
+  of a frame of every stream, frames a second those of all streams together.
+- compile: seconds until a step can run, without and with the persistent cache
+  (a temporary one); tracing is part of both.
+- growth: a stream from its first frame on, each frame waited for; memory grows
+  as it must. Also writes growth.json, with every frame, and growth.svg.
+
+All but growth run at a number of pointers that stays: the memory is filled with
+random ones spread over a kilometre, among them one where the camera is. Fusion
+compares distances with a twentieth of that, so that all pointers of a frame
+fuse into the one nearby, whatever the weights; "pointers" says the least and
+the most that were counted. Nothing else differs from a live stream: same step,
+same fusion, memory donated from frame to frame. The room for pointers is fixed;
+by default it is that of a stream that has grown once, which is where 2,500
+pointers of 512x384 images live. Random weights predict noise, but run as long.
+
+Peak memory is the process's, weights and compilation included: for that ask for
+one case a call. `--tiny` runs on a CPU in a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from benchmarks.streaming_plot import draw, summarize
+from point3r_jax.checkpoints import UNTRAINED, load_checkpoint
+from point3r_jax.config import ModelConfig
+from point3r_jax.data.errors import InputError
+from point3r_jax.data.synthetic.source import SyntheticSource
+from point3r_jax.memory import (
+  PointerMemory,
+  default_capacity,
+  init_memory,
+  round_capacity,
+)
+from point3r_jax.models.attention import IMPLEMENTATIONS
+from point3r_jax.models.point3r import HEADS
+from point3r_jax.precision import POLICIES, get_precision
+from point3r_jax.stream import Stream
+
+# What flags are by default, and with --tiny.
+DEFAULTS = {
+  "model": (f"{UNTRAINED}point3r_512", f"{UNTRAINED}small"),
+  "size": ((384, 512), (96, 128)),
+  "streams": (8, 2),
+  "frames": (200, 20),
+  "pointers": (2500, 160),
+}
+# Frames before the first that counts, and frames between two waits.
+_WARM_UP = 10
+_BLOCK = 25
+# Pointers that hold the count lie within this, in the model's unit.
+REACH = 1000.0
+# Images to take turns, and frames of a made-up scene's path.
+_IMAGES = 8
+_VIEWS = 100
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+def live_capacity(
+  config: ModelConfig, image_size: tuple[int, int], pointers: int
+) -> int:
+  """Returns room that a stream with so many pointers has, as if grown once."""
+  height, width = config.grid(image_size)
+  return round_capacity(
+    max(
+      default_capacity(config, image_size) * 3 // 2,
+      pointers + height * width,
+    )
+  )
+
+
+def fill_memory(
+  config: ModelConfig,
+  streams: int,
+  image_size: tuple[int, int],
+  capacity: int,
+  pointers: int,
+) -> PointerMemory:
+  """Returns a memory in the middle of a stream whose pointers stay so many.
+
+  The first pointer is at the origin, the second and third at opposite corners
+  of a cube, the others anywhere in it. New pointers within a tenth of `REACH`
+  are nearer to the first than fusion's distance, and it to them ever after.
+
+  Args:
+    config: the model's sizes.
+    streams: B.
+    image_size: (H, W).
+    capacity: C.
+    pointers: valid ones of each stream, from 3 to C.
+
+  Raises:
+    InputError: if there is no room for them, or too few to hold the count.
+  """
+  if not 3 <= pointers <= capacity:
+    raise InputError(
+      f"there are {pointers} pointers to be, but must be from 3 to the "
+      f"capacity, {capacity}"
+    )
+  memory = init_memory(config, streams, image_size, capacity)
+  rng = np.random.default_rng(0)
+  position = np.zeros(memory.position.shape, np.float32)
+  position[:, 1] = -REACH
+  position[:, 2] = REACH
+  position[:, 3:pointers] = rng.uniform(
+    -REACH, REACH, (streams, pointers - 3, 3)
+  )
+  feature = np.zeros(memory.feature.shape, np.float32)
+  feature[:, :pointers] = rng.normal(size=feature[:, :pointers].shape)
+
+  def normal(like, scale):
+    return jnp.asarray(scale * rng.normal(size=like.shape), like.dtype)
+
+  return memory.replace(
+    position=jnp.asarray(position),
+    feature=jnp.asarray(feature),
+    count=jnp.full_like(memory.count, pointers),
+    pose_slots=normal(memory.pose_slots, 0.2),
+    image_position=normal(memory.image_position, 1.0),
+    frame=jnp.full_like(memory.frame, 100),
+  )
+
+
+def noise(count: int, *shape: int) -> np.ndarray:
+  """Draws uint8 images (count, *shape, 3)."""
+  rng = np.random.default_rng(0)
+  return rng.integers(0, 256, (count, *shape, 3), dtype=np.uint8)
+
+
+def scene(image_size: tuple[int, int], views: int) -> np.ndarray:
+  """Renders a path through a made-up room, as uint8 images (T, H, W, 3)."""
+  source = SyntheticSource(split="test", indoor=1.0, moving=0.0)
+  return source.sequence(0, views, image_size, np.random.default_rng(0))[
+    "image"
+  ]
+
+
+def to_and_fro(length: int, frame: int) -> int:
+  """Returns which of a path's images a frame is, walked up and down."""
+  turn = max(2 * (length - 1), 1)
+  return length - 1 - abs(length - 1 - frame % turn)
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[float]]:
+  """Gives a list to which the seconds of every compilation are added."""
+  seconds = []
+
+  def listen(name, duration, **_):
+    if name == _COMPILED:
+      seconds.append(duration)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield seconds
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+  """Returns the least value that so large a share does not exceed."""
+  return sorted(values)[max(math.ceil(share * len(values)), 1) - 1]
+
+
+def overlaps(
+  spans: Sequence[tuple[float, float]], others: Sequence[tuple[float, float]]
+) -> list[bool]:
+  """Says of each span of time whether one of the others shares a part of it."""
+  return [
+    any(start < end and begin < stop for begin, end in others)
+    for start, stop in spans
+  ]
+
+
+def _options(flags: argparse.Namespace) -> dict[str, str]:
+  return {
+    "precision": flags.precision,
+    "attention": flags.attention,
+    "heads": flags.heads,
+  }
+
+
+def open_stream(
+  model: tuple[ModelConfig, dict],
+  flags: argparse.Namespace,
+  streams: int,
+) -> Stream:
+  """Returns a stream in whose memory the wanted number of pointers stays."""
+  config, params = model
+  capacity = flags.capacity or live_capacity(config, flags.size, flags.pointers)
+  stream = Stream(
+    config,
+    params,
+    flags.size,
+    batch_size=streams,
+    capacity=capacity,
+    max_capacity=capacity,
+    **_options(flags),
+  )
+  stream.memory = fill_memory(
+    config, streams, flags.size, capacity, flags.pointers
+  )
+  return stream
+
+
+def _wait(prediction: Any) -> None:
+  jax.block_until_ready((prediction.pose, prediction.points_world))
+
+
+def time_frames(
+  stream: Stream, images: np.ndarray, frames: int
+) -> tuple[list[float], list[jax.Array]]:
+  """Returns every frame's seconds when waited for, and its pointers."""
+  times, counts = [], []
+  for frame in range(_WARM_UP + frames):
+    started = time.perf_counter()
+    prediction = stream(images[frame % len(images)])
+    _wait(prediction)
+    times.append(time.perf_counter() - started)
+    counts.append(prediction.pointer_count)
+  return times[_WARM_UP:], counts
+
+
+def time_blocks(
+  stream: Stream, images: np.ndarray, frames: int
+) -> tuple[list[float], list[jax.Array]]:
+  """Returns seconds a frame of every block of frames, and the pointers."""
+  times, counts = [], []
+  length = min(_BLOCK, frames)
+  for _ in range(1 + -(-frames // length)):
+    started = time.perf_counter()
+    for frame in range(length):
+      prediction = stream(images[frame % len(images)])
+      counts.append(prediction.pointer_count)
+    _wait(prediction)
+    times.append((time.perf_counter() - started) / length)
+  return times[1:], counts
+
+
+def _statistics(seconds: Sequence[float], streams: int) -> dict[str, Any]:
+  """Says what times of a frame (of every stream) come to."""
+  median = statistics.median(seconds)
+  return {
+    "ms": round(1e3 * median, 3),
+    "ms_p95": round(1e3 * quantile(seconds, 0.95), 3),
+    "ms_min_max": [round(1e3 * t, 3) for t in (min(seconds), max(seconds))],
+    "frames_per_s": round(streams / median, 2),
+  }
+
+
+def _device() -> dict[str, Any]:
+  """Names the device, and says what it has held; None where it cannot tell."""
+  device = jax.local_devices()[0]
+  memory = device.memory_stats() or {}
+
+  def gib(key):
+    return round(memory[key] / 2**30, 2) if key in memory else None
+
+  return {
+    "device": device.device_kind,
+    "peak_gib": gib("peak_bytes_in_use"),
+    "in_use_gib": gib("bytes_in_use"),
+  }
+
+
+def _timed(stream: Stream, flags: argparse.Namespace, measures: dict) -> dict:
+  """Measures at a number of pointers that stays; returns what to print."""
+  streams = stream.batch_size
+  images = noise(_IMAGES, streams, *flags.size)
+  results, counts = {}, []
+  for name, measure in measures.items():
+    times, found = measure(stream, images, flags.frames)
+    results[name] = _statistics(times, streams)
+    counts += found
+  counts = np.concatenate(jax.device_get(counts))
+  if len(results) == 1:
+    (results,) = results.values()
+  return {
+    "streams": streams,
+    "frames": flags.frames,
+    "pointers": [int(counts.min()), int(counts.max())],
+    "capacity": stream.capacity,
+    **results,
+    "compile_s": round(stream.compile_seconds[stream.capacity], 1),
+    **_device(),
+  }
+
+
+def _latency(model, flags) -> dict:
+  return _timed(open_stream(model, flags, 1), flags, {"": time_frames})
+
+
+def _throughput(model, flags) -> dict:
+  return _timed(open_stream(model, flags, 1), flags, {"": time_blocks})
+
+
+def _batch(model, flags) -> dict:
+  measures = {"latency": time_frames, "throughput": time_blocks}
+  return _timed(open_stream(model, flags, flags.streams), flags, measures)
+
+
+@contextlib.contextmanager
+def _empty_cache() -> Iterator[None]:
+  """Within it compiled programs are kept in a folder that is empty at first."""
+  settings = {
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+  }
+  with tempfile.TemporaryDirectory() as folder:
+    settings["jax_compilation_cache_dir"] = folder
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()  # JAX looks for the folder only once.
+    try:
+      yield
+    finally:
+      for name, value in before.items():
+        jax.config.update(name, value)
+      compilation_cache.reset_cache()
+
+
+def _compile(model, flags) -> dict:
+  """Compiles the step twice, the second time with the cache of the first."""
+  image = noise(1, *flags.size)[0]
+  seconds, first_frame = [], []
+  with _empty_cache():
+    for _ in range(2):
+      jax.clear_caches()
+      stream = open_stream(model, flags, 1)
+      started = time.perf_counter()
+      _wait(stream(image))
+      first_frame.append(time.perf_counter() - started)
+      seconds.append(stream.compile_seconds[stream.capacity])
+  cold, cached = seconds
+  return {
+    "capacity": stream.capacity,
+    "cold_s": round(cold, 2),
+    "cached_s": round(cached, 2),
+    "first_frame_s": [round(x, 2) for x in first_frame],
+    **_device(),
+  }
+
+
+def _growth(model, flags) -> dict:
+  """Follows a stream from its first frame on; writes frames and a plot."""
+  config, params = model
+  trained = not flags.model.startswith(UNTRAINED)
+  if trained:
+    images = scene(flags.size, min(_VIEWS, flags.frames))
+  else:
+    images = noise(_IMAGES, *flags.size)
+  stream = Stream(
+    config, params, flags.size, capacity=flags.capacity, **_options(flags)
+  )
+  rows = {name: [] for name in ("ms", "pointers", "capacity", "compilations")}
+  spans, compiles = [], {}
+
+  def note_compiles():
+    """Notes when capacities were compiled that were not when last asked."""
+    now = time.perf_counter()
+    for capacity, seconds in list(stream.compile_seconds.items()):
+      compiles.setdefault(capacity, (now - seconds, now))
+
+  with compilations() as compiled:
+    for frame in range(flags.frames):
+      image = images[to_and_fro(len(images), frame)]
+      before = len(compiled)
+      started = time.perf_counter()
+      prediction = stream(image)
+      _wait(prediction)
+      ended = time.perf_counter()
+      spans.append((started, ended))
+      note_compiles()
+      rows["ms"].append(round(1e3 * (ended - started), 3))
+      rows["pointers"].append(int(np.asarray(prediction.pointer_count)[0]))
+      rows["capacity"].append(stream.capacity)
+      rows["compilations"].append(len(compiled) - before)
+    stream.wait_for_compiles()
+    note_compiles()
+  rows["compiling"] = overlaps(spans, list(compiles.values()))
+  result = {
+    "images": "a made-up room, to and fro" if trained else "noise",
+    "frames": flags.frames,
+    **summarize(rows),
+    "compile_s": {
+      capacity: round(seconds, 1)
+      for capacity, seconds in stream.compile_seconds.items()
+    },
+    **_device(),
+  }
+  folder = pathlib.Path(flags.output)
+  folder.mkdir(parents=True, exist_ok=True)
+  contents = {**_setting(flags), **result, "each": rows}
+  (folder / "growth.json").write_text(json.dumps(contents) + "\n")
+  try:
+    draw(contents, folder / "growth.svg")
+  except InputError as error:
+    note = f"no plot: {error}; benchmarks.streaming_plot draws it later"
+    print(note, file=sys.stderr)
+  return result
+
+
+CASES: dict[str, Callable[..., dict]] = {
+  "latency": _latency,
+  "throughput": _throughput,
+  "batch": _batch,
+  "compile": _compile,
+  "growth": _growth,
+}
+
+
+def _setting(flags: argparse.Namespace) -> dict[str, Any]:
+  """Says what was measured, as far as it is the same in all cases."""
+  return {
+    "model": flags.model,
+    "image_size": list(flags.size),
+    "precision": flags.precision,
+    "attention": flags.attention,
+    "heads": flags.heads,
+  }
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+  """Reads the flags; fills in what --tiny changes.
+
+  Args:
+    arguments: those of a command line; None: this process's.
+  """
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  add = parser.add_argument
+
+  def add_default(name, text, **options):
+    usual, tiny = DEFAULTS[name]
+    add(f"--{name}", help=f"{text} (default: {usual}; tiny: {tiny})", **options)
+
+  add("--case", nargs="+", choices=CASES, default=["latency"])
+  add_default("model", f"a checkpoint or {UNTRAINED}PRESET")
+  add_default("size", "of images", type=int, nargs=2, metavar=("H", "W"))
+  add_default("streams", "side by side, for batch", type=int)
+  add_default("frames", "that count; of growth all", type=int)
+  add_default("pointers", "in memory, but for growth", type=int)
+  add(
+    "--capacity",
+    type=int,
+    help="pointers there is room for; of growth at the start (default: that "
+    "of a stream that has grown once; of growth a new stream's)",
+  )
+  add("--precision", choices=sorted(POLICIES), help="default: the device's")
+  add("--attention", choices=IMPLEMENTATIONS, default="auto")
+  add("--heads", choices=[h for h in HEADS if h != "camera"], default="both")
+  add("--output", default="output/streaming", help="folder for growth's files")
+  add("--tiny", action="store_true", help="small sizes, for a CPU")
+  flags = parser.parse_args(arguments)
+  for name, values in DEFAULTS.items():
+    if getattr(flags, name) is None:
+      setattr(flags, name, values[flags.tiny])
+  flags.size = tuple(flags.size)
+  return flags
+
+
+def main() -> None:
+  """Measures the cases asked for."""
+  flags = parse()
+  flags.precision = get_precision(flags.precision).name
+  # Cast on the host: the device never holds the weights in float32.
+  model = load_checkpoint(flags.model, precision=flags.precision)
+  for case in flags.case:
+    result = {**_setting(flags), **CASES[case](model, flags)}
+    print(json.dumps({"case": case, **result}), flush=True)
+
+
+if __name__ == "__main__":
+  main()
