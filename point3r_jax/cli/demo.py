@@ -1,6 +1,23 @@
-"""Renders a clip, reconstructs it and draws what came out; needs no download.
+"""Reconstructs a made-up walk that no training has seen, and scores it.
 
 python -m point3r_jax.cli.demo --output output/demo
+
+The walk is the first sequence of the synthetic benchmark of a seed, a static
+room. It is rendered on the spot, so nothing is downloaded and all is known:
+depth, cameras and surfaces. OUTPUT then holds
+
+  frames/000000.png   the input
+  scene/              what reconstruct.py makes of it: it is run as it is
+  metrics.json        how far that is from the truth
+  demo.png            a picture of it all
+
+Scored are the files in scene/, by the task that `evaluate.py --dataset
+synthetic` scores with: relative errors of depth (after one scale for the
+sequence, and as it is, in metres), errors of the path and of its steps (after a
+similarity), and distances between predicted and true points. Two things differ,
+in the points alone: they are those of the written depth and cameras (see
+`evaluation.written`), and every fourth row and column of them, not every
+second, for the time that neighbours take.
 """
 
 from __future__ import annotations
@@ -8,244 +25,315 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-import av
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from point3r_jax.cli import reconstruct
+from point3r_jax.checkpoints import UNTRAINED
+from point3r_jax.cli import demo_sheet, reconstruct
+from point3r_jax.cli.common import run
+from point3r_jax.data.errors import InputError
+from point3r_jax.export.files import atomic_file
+from point3r_jax.export.overview import Cameras, Path, draw_overview
+from point3r_jax.export.read_scene import WrittenScene, read_scene
+from point3r_jax.export.scene import SUMMARY
 
-_CHECKPOINT = "untrained:small"
-_UNTRAINED = "Untrained, random weights: the geometry means nothing."
-_NOTICE = f"""\
-{_UNTRAINED}
-The demo shows that everything runs and what it writes. For the real model,
-convert the published weights with convert_torch_weights.py (see README.md)."""
+if TYPE_CHECKING:
+  from point3r_jax.evaluation.results import SequenceResult
+  from point3r_jax.evaluation.sequences import Sequence as Walk
 
-_SIZE = (192, 256)
-_RATE = 12
+_SIZE = (96, 128)
+# A room with several things in it; chosen before any model had seen it.
+_SEED = 33
+_PIXEL_STRIDE = 4  # Of scored points.
+_NOTICE = "Untrained, random weights: the geometry means nothing."
+_WRITE = ("scene", "trajectory", "cameras", "depth", "depth_npz")
 
-# The scene, in metres, y down: a room, boxes (low corner, high corner, colour)
-# and a ball (centre, radius, colour).
-_ROOM = ((-3.0, -1.5, -2.5), (3.0, 1.2, 4.5), (0.86, 0.80, 0.70))
-_BOXES = (
-  ((-2.0, 0.35, 1.8), (-0.6, 1.2, 2.9), (0.75, 0.35, 0.25)),
-  ((1.5, -0.7, 2.8), (2.4, 1.2, 3.6), (0.30, 0.45, 0.65)),
+
+class _Score(NamedTuple):
+  """How a metric is shown.
+
+  Attributes:
+    metric: its name in `metrics.json`.
+    guess: the trivial guess that it stands beside, if there is one.
+    name: in words.
+    unit: with a space before it, where there must be one.
+    factor: from the metric to that unit.
+    digits: after the point.
+  """
+
+  metric: str
+  guess: str | None
+  name: str
+  unit: str = " %"
+  factor: float = 100
+  digits: int = 1
+
+  def said(self, metrics: Mapping[str, float], prefix: str = "") -> str:
+    """Returns the value with its unit; "-" if there is none."""
+    value = metrics.get(prefix + self.metric)
+    if value is None:
+      return "-"
+    return f"{self.factor * value:.{self.digits}f}{self.unit}"
+
+
+_FLAT, _STILL = "constant_depth", "constant_pose"
+_SCORES = (
+  _Score("abs_rel", _FLAT, "depth error"),
+  _Score("delta_1_25", _FLAT, "depth within 25 %"),
+  _Score("abs_rel_metric", None, "depth error, unscaled"),
+  _Score("accuracy_over_scene", _FLAT, "accuracy, of scene size", digits=2),
+  _Score("ate_over_path", _STILL, "path error, of length"),
+  _Score("rpe_trans", _STILL, "error of a step", " cm"),
+  _Score("rpe_rot_deg", _STILL, "error of a turn", "°", 1, 2),
+  _Score("completeness_over_scene", _FLAT, "completeness, of size", digits=2),
 )
-_BALL = ((0.7, 0.75, 1.7), 0.45, (0.45, 0.65, 0.30))
-_FACE_LIGHT = np.array([0.80, 1.0, 0.92])  # Of faces across x, y, z.
-_SUN = np.array([-0.5, -0.75, -0.43])  # Towards the light.
-_WAVES = np.random.default_rng(0).normal(0, 8, (3, 12))  # Of the texture.
-
-# Red, green and blue of five depths from near to far.
-_COLOURS = (
-  (253, 245, 183, 81, 13),
-  (231, 125, 55, 18, 8),
-  (140, 21, 84, 124, 60),
-)
-_INK, _FAINT, _ACCENT = "#222222", "#cccccc", "#b4361c"
+_EXPLANATION = """\
+Depth errors are means of |predicted - true| / true, after one scale for the
+walk unless unscaled. The path error is ATE in percent of the path's length,
+steps and turns are RPE from frame to frame, both after a similarity. Accuracy
+and completeness are mean distances to the nearest point, in percent of the
+scene's size. Trivial guesses: the same depth everywhere; a camera at rest."""
 
 
-def _slabs(origin, rays, low, high) -> tuple[np.ndarray, np.ndarray]:
-  """Returns where rays enter and leave a box, in ray lengths."""
-  a, b = (low - origin) / rays, (high - origin) / rays
-  return np.minimum(a, b).max(-1), np.maximum(a, b).min(-1)
-
-
-def _texture(points: np.ndarray) -> np.ndarray:
-  """Returns a brightness that depends on the place: a checker and waves."""
-  checker = np.floor(2 * points + 0.37).sum(-1) % 2
-  return 0.72 + 0.18 * checker + 0.1 * np.sin(points @ _WAVES).mean(-1)
-
-
-def render(camera_to_world: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """Casts a ray through every pixel of a 70-degree camera in the room.
+def open_walk(seed: int, frames: int) -> Walk:
+  """Returns a walk through a static room; it is rendered when first read.
 
   Args:
-    camera_to_world: (3, 4), OpenCV axes.
-    size: (H, W).
+    seed: of the room and the path.
+    frames: how many views.
 
-  Returns:
-    (H, W, 3) uint8.
+  Raises:
+    InputError: if there is no such walk.
   """
-  height, width = size
-  focal = width / 2 / np.tan(np.deg2rad(35))
-  y, x = np.mgrid[:height, :width] - np.array(size)[:, None, None] / 2 + 0.5
-  rays = np.stack([x / focal, y / focal, np.ones(size)], axis=-1)
-  rays, origin = rays @ camera_to_world[:, :3].T, camera_to_world[:, 3]
-  rays[rays == 0] = 1e-9  # They are divided by.
+  from point3r_jax.evaluation.benchmarks import open_benchmark
 
-  def shade(depth, surface, light):
-    points = origin + depth[..., None] * rays
-    return (light(points) * _texture(points))[..., None] * np.array(surface)
-
-  def face_light(low, high):
-    centre, half = np.add(low, high) / 2, np.subtract(high, low) / 2
-    return lambda p: _FACE_LIGHT[(np.abs(p - centre) / half).argmax(-1)]
-
-  low, high, surface = _ROOM
-  nearest = _slabs(origin, rays, low, high)[1]
-  colour = shade(nearest, surface, face_light(low, high))
-  for low, high, surface in _BOXES:
-    depth, leave = _slabs(origin, rays, low, high)
-    hit = (depth > 0) & (depth < np.minimum(leave, nearest))
-    nearest = np.where(hit, depth, nearest)
-    box = shade(depth, surface, face_light(low, high))
-    colour = np.where(hit[..., None], box, colour)
-
-  centre, radius, surface = _BALL
-  a, b = (rays**2).sum(-1), rays @ (origin - centre)
-  root = b**2 - a * (np.sum((origin - centre) ** 2) - radius**2)
-  depth = (-b - np.sqrt(np.maximum(root, 0))) / a
-  hit = (root > 0) & (depth > 0) & (depth < nearest)
-  ball = shade(
-    depth,
-    surface,
-    lambda p: 0.65 + 0.4 * np.clip((p - centre) @ _SUN / radius, -0.5, 1),
-  )
-  colour = np.where(hit[..., None], ball, colour)
-  return np.rint(255 * np.clip(colour, 0, 1)).astype(np.uint8)
+  options = {
+    "sequences": 1,
+    "frames": frames,
+    "height": _SIZE[0],
+    "width": _SIZE[1],
+    "seed": seed,
+    "indoor": 1.0,
+    "moving": 0.0,
+    "paths": ("walk",),
+  }
+  return open_benchmark("synthetic", "synthetic", None, options).sequences[0]
 
 
-def walk(frames: int) -> Iterator[np.ndarray]:
-  """Yields the (3, 4) camera-to-world poses of someone who strolls along."""
-  for t in np.linspace(0, 1, frames):
-    step = 2 * np.pi * 4 * t
-    position = np.array([1.6 * t - 1.0, 0.03 * np.sin(2 * step), 1.1 * t - 2.0])
-    target = [0.9 * np.sin(4 * t) - 0.3, 0.25 + 0.04 * np.sin(step), 3.0]
-    forward = (target - position) / np.linalg.norm(target - position)
-    right = np.cross([0.02 * np.sin(step), 1.0, 0.0], forward)
-    right /= np.linalg.norm(right)
-    down = np.cross(forward, right)
-    yield np.stack([right, down, forward, position], axis=1)
+def write_frames(folder: pathlib.Path, walk: Walk) -> None:
+  """Writes a walk's images, losslessly; replaces those of an earlier one."""
+  folder.mkdir(parents=True, exist_ok=True)
+  for file in folder.iterdir():
+    if re.fullmatch(r"\d{6}\.png", file.name):
+      file.unlink()
+  for index in range(len(walk)):
+    image = Image.fromarray(walk.load_image(index))
+    image.save(folder / f"{index:06d}.png")
 
 
-def write_clip(path: pathlib.Path, images: Sequence[np.ndarray]) -> None:
-  """Writes (H, W, 3) uint8 images as a video."""
-  with av.open(str(path), "w") as container:
-    stream = container.add_stream("libx264", rate=_RATE, options={"crf": "16"})
-    stream.height, stream.width = images[0].shape[:2]
-    stream.pix_fmt = "yuv420p"
-    for image in images:
-      frame = av.VideoFrame.from_ndarray(image, "rgb24")
-      container.mux(stream.encode(frame))
-    container.mux(stream.encode())
+def score_scene(
+  scene_folder: pathlib.Path, scene: WrittenScene, walk: Walk
+) -> SequenceResult:
+  """Compares what was written with the truth; see the module.
+
+  What cannot be scored, as of random weights, is `excluded` with the reason.
+  """
+  from point3r_jax.evaluation.made_up import SyntheticTask, SyntheticTaskOptions
+  from point3r_jax.evaluation.results import SequenceResult
+  from point3r_jax.evaluation.written import written_prediction
+
+  options = SyntheticTaskOptions(pixel_stride=_PIXEL_STRIDE)
+  try:
+    prediction = written_prediction(
+      scene_folder, scene, walk, options.pixel_stride
+    )
+    return SyntheticTask(options).score(walk, prediction)
+  except InputError as error:
+    return SequenceResult(walk.name, len(walk), {}, excluded=str(error))
 
 
-def _depth_pictures(paths: Sequence[pathlib.Path]) -> list[Image.Image]:
-  """Returns depth maps in colours of one scale: near is light."""
-  depths = np.stack([np.asarray(Image.open(path)) for path in paths])
-  valid = depths > 0
-  low, high = np.percentile(depths[valid], [2, 98]) if valid.any() else (0, 1)
-  level = (depths - low) / max(high - low, 1e-9)
-  colours = np.stack(
-    [np.interp(level, np.linspace(0, 1, 5), c) for c in _COLOURS], axis=-1
-  )
-  return [
-    Image.fromarray(picture.astype(np.uint8))
-    for picture in np.where(valid[..., None], colours, 0)
-  ]
+def table(metrics: Mapping[str, float]) -> str:
+  """Returns the scores beside those of trivial guesses, a line each."""
+  lines = [f"{'':26}{'model':>10}{'trivial guess':>16}"]
+  for score in _SCORES:
+    trivial = score.said(metrics, f"{score.guess}/") if score.guess else "-"
+    lines.append(f"{score.name:26}{score.said(metrics):>10}{trivial:>16}")
+  return "\n".join(lines)
 
 
-def _plot(draw, box, values, first: int, title: str, number: str) -> None:
-  """Draws values of frames, from `first` on, as a line above zero."""
-  left, top, right, bottom = box
-  high = max(values) or 1
-  draw.text((left, top), title, _INK, ImageFont.load_default(15))
-  draw.line([(left, bottom), (right, bottom)], _FAINT)
-  draw.line([(left, top + 30), (right, top + 30)], _FAINT)
-  x = np.linspace(left, right, len(values))
-  y = bottom - np.array(values) / high * (bottom - top - 30)
-  draw.line(list(zip(x, y, strict=True)), _ACCENT, width=2)
-  small = ImageFont.load_default(12)
-  draw.text((right, top + 26), number.format(high), _INK, small, "rb")
-  draw.text((left, bottom + 4), f"frame {first}", _INK, small)
-  end = f"frame {first + len(values) - 1}"
-  draw.text((right, bottom + 4), end, _INK, small, "ra")
+def _aligned_path(scene: WrittenScene, true: np.ndarray) -> np.ndarray:
+  """Moves the true path (T, 3) to where its alignment has the predicted one."""
+  from point3r_jax.evaluation.clouds import transform
+  from point3r_jax.evaluation.pose import fit_similarity
+
+  predicted = scene.camera_to_world[:, :3, 3]
+  fit = fit_similarity(predicted, true)
+  return transform(np.linalg.inv(fit.matrix()), true)
 
 
-def draw_sheet(
-  images: Sequence[np.ndarray], scene: pathlib.Path
+def draw(
+  scene: WrittenScene,
+  walk: Walk,
+  result: SequenceResult,
+  subtitle: str,
 ) -> Image.Image:
-  """Draws input frames, their predicted depth, and what frames cost.
+  """Draws the scene, frames of the walk, and the scores.
 
-  Args:
-    images: (H, W, 3) uint8, the clip.
-    scene: the folder that reconstruct.py wrote.
+  The first true camera says what is up, and nothing else, in the picture of the
+  scene. The true path is drawn where the alignment of the path error has it,
+  and depth with the scale of its error. What was not scored has neither.
   """
-  summary = json.loads((scene / "summary.json").read_text())
-  shown = np.linspace(0, len(images) - 1, min(6, len(images))).astype(int)
-  depths = sorted((scene / "depth").glob("*.png"))
-  rows = (
-    ("input", [Image.fromarray(images[i]) for i in shown]),
-    ("predicted depth", _depth_pictures([depths[i] for i in shown])),
+  from point3r_jax.evaluation import depth
+  from point3r_jax.evaluation.made_up import SyntheticTaskOptions
+  from point3r_jax.evaluation.tasks import true_depths
+
+  true_poses = walk.load_trajectory().camera_to_world
+  up = true_poses[0, :3, :3].T @ np.array([0.0, -1.0, 0.0])
+  cameras = Cameras(
+    scene.camera_to_world,
+    float(np.median(scene.intrinsics[:, 0, 0])),
+    scene.depth.shape[1:],
   )
-  sheet = Image.new("RGB", (1200, 640), "white")
-  draw = ImageDraw.Draw(sheet)
-  draw.text((20, 16), _UNTRAINED, _ACCENT, ImageFont.load_default(22))
-  top = 54
-  for title, pictures in rows:
-    draw.text((20, top), title, _INK, ImageFont.load_default(15))
-    for column, picture in enumerate(pictures):
-      picture = picture.resize((187, 140), Image.Resampling.BILINEAR)
-      sheet.paste(picture, (20 + 195 * column, top + 22))
-    top += 180
-  warm_up = min(3, len(images) - 1)  # Compilation would dwarf the rest.
-  seconds = summary["seconds_of_frames"][warm_up:]
-  bottom = top + 190
-  pointers = "pointers in memory"
-  _plot(draw, (20, top, 580, bottom), summary["pointers"], 0, pointers, "{}")
-  title = f"seconds per frame ({summary['device']})"
-  _plot(draw, (620, top, 1180, bottom), seconds, warm_up, title, "{:.2g} s")
-  return sheet
+  paths = [Path(cameras.positions, demo_sheet.ESTIMATE, 5)]
+  truth, predicted = true_depths(walk), scene.depth
+  if result.excluded is None:
+    fit = depth.align_depth(predicted, truth, SyntheticTaskOptions().alignment)
+    predicted = fit.scale * predicted
+    true_path = _aligned_path(scene, true_poses[:, :3, 3])
+    paths.append(Path(true_path, demo_sheet.TRUTH, 2))
+  overview = draw_overview(
+    scene.points,
+    scene.colors,
+    cameras,
+    up,
+    demo_sheet.OVERVIEW_SIZE,
+    paths,
+    demo_sheet.BACKGROUND,
+  )
+  return demo_sheet.draw_sheet(
+    demo_sheet.Sheet(
+      title="A room that no training has seen, reconstructed frame by frame",
+      subtitle=subtitle,
+      overview=overview,
+      images=np.stack([walk.load_image(i) for i in range(len(walk))]),
+      predicted=predicted,
+      true=truth,
+      scores=[(x.said(result.metrics), x.name) for x in _SCORES],
+      warning=subtitle == _NOTICE,
+    )
+  )
 
 
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="python -m point3r_jax.cli.demo",
-    description="Renders a clip of a made-up room, reconstructs it with an "
-    "untrained model and draws what came out.",
+    description="Renders a walk through a made-up room, reconstructs it, "
+    "scores that and draws it.",
   )
-  parser.add_argument(
-    "--output", default="output/demo", help="folder (default: %(default)s)"
+  add = parser.add_argument
+  add("--output", default="output/demo", help="folder (default: %(default)s)")
+  add(
+    "--checkpoint",
+    default="tiny",
+    help="see reconstruct.py (default: %(default)s)",
   )
-  parser.add_argument(
-    "--frames", type=int, default=36, help="of the clip (default: %(default)s)"
+  add(
+    "--frames", type=int, default=48, help="at least 3 (default: %(default)s)"
+  )
+  add(
+    "--seed",
+    type=int,
+    default=_SEED,
+    help="other seeds, other rooms (default: %(default)s)",
   )
   return parser
+
+
+def _write_metrics(
+  path: pathlib.Path, flags: argparse.Namespace, result: SequenceResult
+) -> None:
+  contents = {
+    "checkpoint": flags.checkpoint,
+    "seed": flags.seed,
+    "frames": flags.frames,
+    "pixel_stride": _PIXEL_STRIDE,
+    "excluded": result.excluded,
+    "metrics": dict(result.metrics),
+    "per_frame": dict(result.per_frame),
+  }
+  with atomic_file(path) as file:
+    file.write((json.dumps(contents, indent=2) + "\n").encode())
+
+
+def _subtitle(flags: argparse.Namespace, scene_folder: pathlib.Path) -> str:
+  """Returns what was done in one line."""
+  if flags.checkpoint.startswith(UNTRAINED):
+    return _NOTICE
+  summary = json.loads((scene_folder / SUMMARY).read_text())
+  words = [
+    f"{flags.frames} frames of {_SIZE[1]} x {_SIZE[0]} pixels",
+    f'checkpoint "{flags.checkpoint}"',
+    f"{summary['pointers'][-1]} pointers",
+  ]
+  if summary["seconds_per_frame"]:
+    milliseconds = 1e3 * summary["seconds_per_frame"]["median"]
+    device = summary["device"].partition(": ")[2]  # Without the platform.
+    device = "a CPU" if device == "cpu" else device
+    words.append(f"{milliseconds:.0f} ms a frame on {device}")
+  return "  ·  ".join(words)
+
+
+def _run(flags: argparse.Namespace) -> int:
+  output = pathlib.Path(flags.output)
+  frames, scene_folder = output / "frames", output / "scene"
+  try:
+    walk = open_walk(flags.seed, flags.frames)
+  except ImportError as error:
+    raise InputError(
+      f"{error}; the demo needs: pip install 'point3r-jax[eval]'"
+    ) from error
+  print(f"Rendering {len(walk)} frames of a made-up room ...", flush=True)
+  write_frames(frames, walk)
+  command = {
+    "--input": frames,
+    "--checkpoint": flags.checkpoint,
+    "--output": scene_folder,
+    "--size": max(_SIZE),
+  }
+  words = [str(word) for pair in command.items() for word in pair]
+  words += ["--write", *_WRITE, "--overwrite"]
+  print("\n$ python reconstruct.py", *words, flush=True)
+  status = reconstruct.main(words)
+  if status:
+    return status
+  scene = read_scene(scene_folder)
+  result = score_scene(scene_folder, scene, walk)
+  _write_metrics(output / "metrics.json", flags, result)
+  if result.excluded is None:
+    print(f"\n{table(result.metrics)}\n\n{_EXPLANATION}")
+  else:
+    print(f"\nnot scored: {result.excluded}")
+  picture = draw(scene, walk, result, _subtitle(flags, scene_folder))
+  with atomic_file(output / "demo.png") as file:
+    picture.save(file, "PNG", optimize=True)
+  print(f"\nLook at {output / 'demo.png'}, and at {scene_folder}/scene.ply.")
+  if flags.checkpoint.startswith(UNTRAINED):
+    print(_NOTICE)
+  return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Runs the program; returns its exit code."""
   parser = _parser()
   flags = parser.parse_args(arguments)
-  if flags.frames < 1:
-    parser.error("--frames must be at least 1")
-  output = pathlib.Path(flags.output)
-  clip, scene, picture = (
-    output / name for name in ("clip.mp4", "scene", "demo.png")
-  )
-  print(_NOTICE, flush=True)
-  output.mkdir(parents=True, exist_ok=True)
-  images = [render(pose, _SIZE) for pose in walk(flags.frames)]
-  write_clip(clip, images)
-  command = {
-    "--input": clip,
-    "--checkpoint": _CHECKPOINT,
-    "--output": scene,
-    "--size": max(_SIZE),
-  }
-  words = [str(word) for pair in command.items() for word in pair]
-  words.append("--overwrite")
-  print("\n$ python reconstruct.py", *words, flush=True)
-  status = reconstruct.main(words)
-  if status:
-    return status
-  draw_sheet(images, scene).save(picture)
-  print(f"\n{_NOTICE}\n\nLook at {picture}; the clip is {clip}.")
-  return 0
+  if flags.frames < 3:
+    parser.error("--frames must be at least 3")
+  return run(lambda: _run(flags))
 
 
 if __name__ == "__main__":

@@ -8,13 +8,17 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from point3r_jax.evaluation.report.figures import (
-  DepthFigure,
-  require_matplotlib,
+from point3r_jax.evaluation.report.figures import DepthFigure
+from point3r_jax.export.colors import (
+  BROKEN,
+  INFERNO,
+  NEAR_IS_RED,
+  NO_TRUTH,
+  is_measure,
+  usual_range,
 )
 
 MAX_ERROR = 0.25  # Relative; larger errors look the same.
-NO_TRUTH, BROKEN = (72, 72, 72), (255, 0, 255)  # As in pictures of training.
 _MAX_WIDTH = 320
 _COLORS = 254  # Of a scale; the palette's last two entries are the above.
 
@@ -35,15 +39,11 @@ class Picture(NamedTuple):
   ends: tuple[str, str] = ("", "")
 
 
-def _palette(name: str) -> np.ndarray:
-  """Returns (256, 3) uint8: a colour map, then no truth, then broken."""
-  require_matplotlib()
-  import matplotlib
-
-  colors = matplotlib.colormaps[name](np.linspace(0, 1, _COLORS))[:, :3]
-  return np.concatenate(
-    [np.rint(255 * colors), np.array([NO_TRUTH, BROKEN])]
-  ).astype(np.uint8)
+def _palette(table: np.ndarray) -> np.ndarray:
+  """Returns (256, 3) uint8: a table's colours, then no truth, then broken."""
+  shown = np.rint(np.linspace(0, len(table) - 1, _COLORS)).astype(int)
+  special = np.array([NO_TRUTH, BROKEN], np.uint8)
+  return np.concatenate([table[shown], special])
 
 
 def _png(indices: np.ndarray, palette: np.ndarray) -> bytes:
@@ -88,16 +88,7 @@ def _photo(image: np.ndarray) -> bytes:
 def _measured(values: np.ndarray) -> np.ndarray:
   """Returns depth with NaN where it is none: not finite or not positive."""
   values = np.asarray(values, np.float64)
-  return np.where(np.isfinite(values) & (values > 0), values, np.nan)
-
-
-def _range(values: np.ndarray) -> tuple[float, float]:
-  """Returns percentiles 2 and 98, apart from each other; (1, 2) of nothing."""
-  values = values[np.isfinite(values)]
-  if not values.size:
-    return 1.0, 2.0
-  low, high = np.percentile(values, [2, 98])
-  return float(low), float(max(high, 1.001 * low))
+  return np.where(is_measure(values), values, np.nan)
 
 
 def _indices(level: np.ndarray, missing: np.ndarray | int) -> np.ndarray:
@@ -117,11 +108,9 @@ def depth_pictures(content: DepthFigure) -> list[Picture]:
   error = np.abs(prediction - truth) / truth
   known = np.isfinite(truth).any()
   truth, prediction, error = map(_shrink, (truth, prediction, error))
-  low, high = _range(truth if known else prediction)
+  low, high = usual_range(truth if known else prediction)
   no_truth, broken = _COLORS, _COLORS + 1
-  near_is_red = _palette("turbo")
-  near_is_red[:_COLORS] = near_is_red[:_COLORS][::-1].copy()
-  inferno = _palette("inferno")
+  near_is_red, inferno = _palette(NEAR_IS_RED), _palette(INFERNO)
   span = np.log(high / low)
   no_error = np.where(np.isfinite(truth), broken, no_truth)
   ends = (f"{low:.3g} m", f"{high:.3g} m")
