@@ -1,16 +1,19 @@
 """Checkpoints: a directory with the model's config and Orbax parameters.
 
-Whatever reads a checkpoint takes any of these directories:
+Whatever reads a checkpoint takes any of these directories, or the name of one
+that comes with the package:
 
 | directory | `config.json` | parameters |
 | --- | --- | --- |
 | DIR, written by `save_checkpoint` | `DIR` | `DIR/params` |
 | WORKDIR, of a training run | `WORKDIR` | those of the latest step |
 | WORKDIR/checkpoints/STEP | `WORKDIR` | `WORKDIR/checkpoints/STEP/params` |
+| DIR of the package, see `pretrained` | `DIR` | `DIR/params.safetensors` |
 
-`config.json` holds the model's config, and where the weights came from. With
-`scan_layers` in the config, layers are stacked on disk; what is loaded never
-is, unless asked for.
+A name always stands for the checkpoint of the package; a directory of the same
+name is `./NAME`. `config.json` holds the model's config, and where the weights
+came from. With `scan_layers` in the config, layers are stacked on disk; what is
+loaded never is, unless asked for.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from point3r_jax import pretrained
 from point3r_jax.array_files import (
   CheckpointError,
   array_writer,
@@ -201,11 +205,13 @@ def _locate(
   Raises:
     CheckpointError: if there is no such checkpoint.
   """
-  directory = pathlib.Path(checkpoint).absolute()
+  named = pretrained.find(checkpoint)
+  directory = named or pathlib.Path(checkpoint).absolute()
   if not directory.is_dir():
     raise CheckpointError(
       f"there is no checkpoint {str(checkpoint)!r}: give a directory that "
-      "convert_torch_weights.py or a training run wrote, or "
+      "convert_torch_weights.py or a training run wrote, one of the package "
+      f"({', '.join(pretrained.names()) or 'it has none'}), or "
       f"{UNTRAINED}PRESET with a preset of {sorted(PRESETS)}"
     )
   has_config = (directory / _CONFIG).is_file()
@@ -240,10 +246,10 @@ def load_metadata(checkpoint: str | os.PathLike) -> dict[str, Any]:
 def load_params_to_host(
   checkpoint: str | os.PathLike, *, ema: bool = False
 ) -> tuple[ModelConfig, dict]:
-  """Loads a checkpoint directory's config and parameters as NumPy arrays.
+  """Loads a checkpoint's config and parameters as NumPy arrays.
 
   Args:
-    checkpoint: any of the module's directories.
+    checkpoint: any of the module's directories, or a name of the package's.
     ema: load the moving average that a training run kept.
 
   Returns:
@@ -260,7 +266,11 @@ def load_params_to_host(
       "with ema_decay writes one. Load the parameters themselves"
     )
   config, _ = read_config(directory)
-  params = read_arrays(arrays / PARAMS)
+  packed = arrays / pretrained.PARAMS_FILE
+  if packed.is_file():
+    params = pretrained.read_params(packed)
+  else:
+    params = read_arrays(arrays / PARAMS)
   if ema:  # Of the trained parameters only; the others did not change.
     params = merge(params, read_arrays(arrays / EMA))
   check_params(config, params)
@@ -280,8 +290,9 @@ def load_checkpoint(
 
   Args:
     checkpoint: a directory that `save_checkpoint`, convert_torch_weights.py or
-      a training run wrote (its latest step), or one of the latter's steps; or
-      "untrained:PRESET" for fresh random weights of a preset's size.
+      a training run wrote (its latest step), or one of the latter's steps; the
+      name of one that comes with the package; or "untrained:PRESET" for fresh
+      random weights of a preset's size.
     precision: cast to this policy's types before the weights go to the device
       (halves device memory under bfloat16); None keeps the stored types.
     scan_layers: load for a model whose layers are scanned.

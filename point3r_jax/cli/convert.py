@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument(
     "--input",
     required=True,
-    help="a .pth or .safetensors file; with --to_torch a checkpoint directory",
+    help="a .pth or .safetensors file; with --to_torch a checkpoint",
   )
   parser.add_argument(
     "--output",

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import tqdm
 
-from point3r_jax.checkpoints import UNTRAINED, load_checkpoint
+from point3r_jax import pretrained
+from point3r_jax.checkpoints import UNTRAINED, load_checkpoint, load_metadata
 from point3r_jax.cli.common import INTERRUPTED, run, stop_on_interrupt
 from point3r_jax.config import ModelConfig
 from point3r_jax.data.errors import InputError
@@ -51,7 +52,8 @@ def _parser() -> argparse.ArgumentParser:
   add(
     "--checkpoint",
     required=True,
-    help="a directory that convert_torch_weights.py wrote, or "
+    help="a directory that convert_torch_weights.py wrote; one that comes "
+    f"along ({', '.join(pretrained.names()) or 'there is none'}); or "
     f"{UNTRAINED}PRESET for random weights",
   )
   add("--output", required=True, help="the folder to write")
@@ -70,7 +72,8 @@ def _parser() -> argparse.ArgumentParser:
   add(
     "--size",
     type=int,
-    help="512 (long side) or 224 (square); default: the checkpoint's",
+    help="of images: their long side, a multiple of 16; 224 is a central "
+    "square (default: the checkpoint's)",
   )
   add(
     "--stride",
@@ -144,6 +147,13 @@ def _heads(write: Sequence[str]) -> str:
   if camera and "scene" in write:
     return "both"
   return "camera" if camera else "world"
+
+
+def _notice(checkpoint: str) -> str | None:
+  """Returns what to know of a checkpoint before looking at its scenes."""
+  if checkpoint.startswith(UNTRAINED):
+    return "These weights are random: the scene will have no meaning."
+  return load_metadata(checkpoint).get("notice")
 
 
 def _statistics(seconds: Sequence[float]) -> dict[str, float] | None:
@@ -239,8 +249,9 @@ def _run(flags: argparse.Namespace) -> int:
     shuffle_seed=flags.seed if flags.shuffle else None,
   )
   stream = _open_stream(flags, config, params, frames)
-  if flags.checkpoint.startswith(UNTRAINED):
-    print("These weights are random: the scene will have no meaning.")
+  notice = _notice(flags.checkpoint)
+  if notice:
+    print(notice)
   with stop_on_interrupt() as stop:
     directory = prepare_folder(flags.output, flags.overwrite)
     write_summary(directory, {"complete": False})

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 import point3r_jax as p3r
-from point3r_jax import geometry
+from point3r_jax import geometry, pretrained
+from point3r_jax.checkpoints import write_config
 from point3r_jax.cli.reconstruct import main
 from point3r_jax.data.frames import open_frames
 from point3r_jax.export import scene
@@ -182,6 +183,31 @@ def test_only_what_is_asked_for_is_written(checkpoint, photos, tmp_path):
   assert reconstruct(checkpoint, tmp_path / "out", [photos], *flags) == 0
   names = sorted(path.name for path in (tmp_path / "out").iterdir())
   assert names == ["summary.json", "trajectory.txt"]
+
+
+def test_what_to_know_of_a_checkpoint_is_said_once(
+  checkpoint, photos, tmp_path, monkeypatch, capsys
+):
+  folder = tmp_path / "package" / "tiny"
+  folder.mkdir(parents=True)
+  write_config(folder, micro.CONFIG, {"notice": "It knows only rooms."})
+  packed = pretrained.pack_params(micro.params())
+  (folder / pretrained.PARAMS_FILE).write_bytes(packed)
+  monkeypatch.setattr(pretrained, "FOLDER", tmp_path / "package")
+  monkeypatch.setitem(p3r.PRESETS, "micro", micro.CONFIG)
+  flags = ("--write", "trajectory", "--max_frames", 1)
+  for name, line in (
+    ("tiny", "It knows only rooms."),
+    ("untrained:micro", "These weights are random"),
+    (checkpoint, None),
+  ):
+    out = tmp_path / pathlib.Path(name).name
+    assert reconstruct(name, out, [photos], *flags) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 1 + (line is not None)
+    assert line is None or printed[0].startswith(line)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["checkpoint"] == str(name)
 
 
 def test_overflow_is_reported(checkpoint, photos, tmp_path, capsys):
