@@ -70,6 +70,7 @@ def get_config() -> ConfigDict:
 
   # The optimiser; see training.optimizer.OptimizerOptions. `epochs` is above.
   c.optimizer = ConfigDict()
+  c.optimizer.name = "adamw"
   c.optimizer.lr = 5e-5
   c.optimizer.min_lr = 1e-6
   c.optimizer.warmup_epochs = 5.0

@@ -39,9 +39,9 @@ class _Stage(NamedTuple):
 
 
 _STAGES = {
-  "pairs": _Stage(2, 256, 4_000, 2e-3, False),
-  "views": _Stage(5, 128, 4_000, 1e-3, False),
-  "long": _Stage(12, 48, 2_000, 5e-4, True),
+  "pairs": _Stage(2, 256, 2_000, 2e-3, False),
+  "views": _Stage(5, 128, 3_200, 2e-3, False),
+  "long": _Stage(12, 48, 2_000, 1e-3, True),
 }
 
 
@@ -61,6 +61,7 @@ def get_config(stage: str = "pairs") -> ConfigDict:
   c.rollout.attention = "xla"
   # Above its clip the pose has no gradient; fresh parameters begin there.
   c.loss.pose_clip = 1e3
+  c.optimizer.name = "muon"
   c.optimizer.lr, c.optimizer.min_lr = rate, 1e-6
   c.optimizer.warmup_epochs = 0.5
   c.render_on_devices = True

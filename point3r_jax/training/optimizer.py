@@ -1,4 +1,4 @@
-"""The optimiser: AdamW with warm-up and cosine, by fractional epoch."""
+"""The optimiser: AdamW or Muon with warm-up and cosine, by fractional epoch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
+
+
+OPTIMIZERS = ("adamw", "muon")
+
+# Muon's updates are as large as AdamW's usually are: one learning rate suits
+# both (arXiv 2502.16982, section 2.2).
+_UPDATE_RMS = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +26,8 @@ class OptimizerOptions:
   """The published training's optimiser; the defaults are stage 1's.
 
   Attributes:
+    name: "adamw", the published one, or "muon" (arXiv 2502.16982), which makes
+      the updates of linear layers' kernels orthogonal; all else is AdamW's.
     lr: highest learning rate.
     min_lr: the learning rate at the end.
     epochs: length of the run, in epochs.
@@ -33,6 +43,7 @@ class OptimizerOptions:
     ema_decay: of an exponential moving average of the parameters; 0: none.
   """
 
+  name: str = "adamw"
   lr: float = 5e-5
   min_lr: float = 1e-6
   epochs: float = 100.0
@@ -47,7 +58,11 @@ class OptimizerOptions:
   ema_decay: float = 0.0
 
   def __post_init__(self):
-    """Refuses numbers without meaning."""
+    """Refuses what has no meaning."""
+    if self.name not in OPTIMIZERS:
+      raise ValueError(
+        f"unknown optimizer {self.name!r}; there are {list(OPTIMIZERS)}"
+      )
     if not 0 <= self.warmup_epochs <= self.epochs:
       raise ValueError(
         f"warmup_epochs must be between 0 and epochs, got {self.warmup_epochs} "
@@ -85,20 +100,52 @@ def decay_mask(params: dict) -> dict:
   return flax.traverse_util.unflatten_dict(mask)
 
 
+def _kinds(params: dict) -> dict:
+  """Labels kernels of linear layers "matrix", and all else "other".
+
+  Those of layers that are scanned over are stacked: they have three axes.
+  """
+  flat = flax.traverse_util.flatten_dict(params)
+  labels = {
+    path: "matrix" if path[-1] == "kernel" and leaf.ndim < 4 else "other"
+    for path, leaf in flat.items()
+  }
+  return flax.traverse_util.unflatten_dict(labels)
+
+
+def _descent(
+  options: OptimizerOptions, steps_per_epoch: int
+) -> optax.GradientTransformation:
+  """Returns the optimiser of the options' name."""
+  rate = learning_rate(options, steps_per_epoch)
+  adamw = optax.adamw(
+    rate,
+    b1=options.b1,
+    b2=options.b2,
+    eps=options.eps,
+    weight_decay=options.weight_decay,
+    mask=decay_mask,
+  )
+  if options.name == "adamw":
+    return adamw
+  muon = optax.contrib.muon(
+    rate,
+    weight_decay=options.weight_decay,
+    muon_weight_dimension_numbers=lambda params: jax.tree.map(
+      lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), params
+    ),
+    consistent_rms=_UPDATE_RMS,
+  )
+  return optax.partition({"matrix": muon, "other": adamw}, _kinds)
+
+
 def make_optimizer(
   options: OptimizerOptions, steps_per_epoch: int
 ) -> optax.GradientTransformation:
-  """Returns AdamW behind a clip of the global norm, accumulating if asked."""
+  """Returns it behind a clip of the global norm, accumulating if asked."""
   optimizer = optax.chain(
     optax.clip_by_global_norm(options.clip_norm),
-    optax.adamw(
-      learning_rate(options, steps_per_epoch),
-      b1=options.b1,
-      b2=options.b2,
-      eps=options.eps,
-      weight_decay=options.weight_decay,
-      mask=decay_mask,
-    ),
+    _descent(options, steps_per_epoch),
   )
   if options.accumulate > 1:
     multi = optax.MultiSteps(optimizer, options.accumulate)

@@ -7,11 +7,13 @@ one of the axes of size 1 that is plain data parallelism, or fully sharded.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.traverse_util
 import jax
 import numpy as np
 import optax
@@ -148,11 +150,21 @@ def optimizer_shardings(
   trained: Any,
   rules: Rules,
 ) -> Any:
-  """Returns shardings of the optimiser's state: as the parameters it is of."""
-  return optax.tree_map_params(
-    optimizer,
-    lambda _, sharding: sharding,
-    jax.eval_shape(optimizer.init, trained),
-    param_shardings(mesh, trained, rules),
-    transform_non_params=lambda _: replicated(mesh),
+  """Returns shardings of the optimiser's state: as the parameters it is of.
+
+  What is of a parameter stands at the end of that parameter's path.
+  """
+  shards = flax.traverse_util.flatten_dict(
+    param_shardings(mesh, trained, rules)
+  )
+
+  def shard(path, _):
+    keys = itertools.takewhile(
+      lambda entry: isinstance(entry, jax.tree_util.DictKey), reversed(path)
+    )
+    name = tuple(entry.key for entry in keys)[::-1]
+    return shards.get(name, replicated(mesh))
+
+  return jax.tree_util.tree_map_with_path(
+    shard, jax.eval_shape(optimizer.init, trained)
   )

@@ -1,5 +1,7 @@
 """The optimiser against its formulas, on trees small enough to follow."""
 
+import collections
+
 import chex
 import hypothesis
 import jax
@@ -14,6 +16,7 @@ from point3r_jax.config import ModelConfig, preset
 from point3r_jax.convert.names import weight_table
 from point3r_jax.params import merge, stack_layers
 from point3r_jax.training.optimizer import (
+  OPTIMIZERS,
   OptimizerOptions,
   decay_mask,
   learning_rate,
@@ -130,6 +133,97 @@ def test_updates_are_those_of_adamw_behind_a_clip():
       want[path] = want[path] - float(rates[step]) * (direction + decay)
   assert any(clipped) and not all(clipped)
   chex.assert_trees_all_close(flatten_dict(params), want, rtol=1e-5, atol=1e-6)
+
+
+def muon_options(**changes) -> OptimizerOptions:
+  return OptimizerOptions(
+    name="muon", lr=0.1, warmup_epochs=0.0, clip_norm=1e6, **changes
+  )
+
+
+def test_muons_updates_are_orthogonal_and_as_large_as_adams():
+  """All singular values of an update are alike, and all sizes as in 2.2."""
+  rng = np.random.default_rng(0)
+  params = {
+    "tall": {"kernel": rng.normal(size=(96, 24)), "bias": rng.normal(size=24)},
+    "layers": {"kernel": rng.normal(size=(3, 16, 64))},
+    "convolution": {"kernel": rng.normal(size=(3, 3, 4, 4))},
+    "slots": rng.normal(size=(16, 8)),
+  }
+  params = jax.tree.map(np.float32, params)
+  gradient = jax.tree.map(
+    lambda x: np.float32(rng.normal(size=x.shape)), params
+  )
+  optimizer = make_optimizer(muon_options(weight_decay=0.0), 10)
+  updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+  for name, wide in (("tall", 96), ("layers", 64)):
+    values = np.linalg.svd(updates[name]["kernel"], compute_uv=False)
+    values = values / (0.1 * 0.2 * wide**0.5)
+    # Muon's iteration leaves them between 0.7 and 1.2.
+    assert values.min() > 0.65 and values.max() < 1.25, name
+    turned = np.sum(updates[name]["kernel"] * gradient[name]["kernel"])
+    assert turned < 0, name
+
+  options = OptimizerOptions(
+    lr=0.1, warmup_epochs=0.0, clip_norm=1e6, weight_decay=0.0
+  )
+  adamw = make_optimizer(options, 10)
+  want, _ = adamw.update(gradient, adamw.init(params), params)
+  for tree in (want, updates):
+    del tree["tall"]["kernel"], tree["layers"]
+  chex.assert_trees_all_close(updates, want, rtol=1e-6)
+
+
+def test_muon_is_the_same_for_layers_stacked_and_one_by_one():
+  rng = np.random.default_rng(0)
+  params = {
+    f"layer_{i}": {"kernel": rng.normal(size=(8, 12)), "bias": np.ones(12)}
+    for i in range(3)
+  }
+  params = jax.tree.map(np.float32, params)
+  gradient = jax.tree.map(
+    lambda x: np.float32(rng.normal(size=x.shape)), params
+  )
+
+  def stack(tree):
+    return {"layers": jax.tree.map(lambda *x: np.stack(x), *tree.values())}
+
+  optimizer = make_optimizer(muon_options(), 10)
+  single, _ = optimizer.update(gradient, optimizer.init(params), params)
+  params, gradient = stack(params), stack(gradient)
+  stacked, _ = optimizer.update(gradient, optimizer.init(params), params)
+  chex.assert_trees_all_close(stacked, stack(single), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_moments_live_where_their_parameters_do(name, accumulate):
+  mesh = make_mesh(1, 8)
+  options = OptimizerOptions(name=name, accumulate=accumulate)
+  maker = StateMaker(make_optimizer(options, 10), options, mesh)
+  params = {
+    "dense": {"kernel": np.ones((512, 256), np.float32)},
+    "convolution": {"kernel": np.ones((3, 3, 128, 128), np.float32)},
+    "norm": {"scale": np.ones(256, np.float32)},
+  }
+  state = maker.init(params)
+  split = jax.tree.map(lambda x: x.sharding.spec, state.params)
+  sizes = collections.Counter(
+    (x.shape, x.sharding.spec) for x in jax.tree.leaves(state.opt_state)
+  )
+  first_moments_only = name == "muon"
+  accumulated = accumulate > 1
+  for path, leaf in flatten_dict(params).items():
+    matrix = path == ("dense", "kernel")
+    copies = 2 - (first_moments_only and matrix) + accumulated
+    spec = flatten_dict(split)[path]
+    assert sizes[leaf.shape, spec] == copies, path
+    assert ("fsdp" in spec) == (leaf.size >= 2**16), path
+
+
+def test_an_unknown_optimizer_is_refused():
+  with pytest.raises(ValueError, match=r"unknown optimizer 'adam'.*'muon'"):
+    OptimizerOptions(name="adam")
 
 
 def test_what_decays_is_what_decays_in_the_published_training():
