@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-
 OPTIMIZERS = ("adamw", "muon")
 
 # Muon's updates are as large as AdamW's usually are: one learning rate suits
