@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
@@ -147,12 +148,24 @@ def reconstruct(
     OutputError: if a result cannot be written.
   """
   writer = _Writer(scene, progress, report)
+  read = collections.deque()
+
+  def stopped() -> bool:
+    progress.interrupted |= stop is not None and stop.is_set()
+    return progress.interrupted
+
+  def images(frames: Iterable[Frame]) -> Iterator[np.ndarray]:
+    for frame in frames:
+      if stopped():
+        return
+      read.append(frame)
+      yield frame.image
+
   with (
     contextlib.closing(writer),
-    contextlib.closing(prefetch(frames)) as ready,
+    contextlib.closing(prefetch(frames, 2 * stream.look_ahead)) as ready,
   ):
-    for frame in ready:
-      if stop is not None and stop.is_set():
-        progress.interrupted = True
+    for prediction in stream.extend(images(ready)):
+      writer.put(read.popleft(), _summarise(prediction))
+      if read and stopped():
         break
-      writer.put(frame, _summarise(stream(frame.image)))

@@ -4,58 +4,36 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import functools
+import itertools
 import logging
-import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from point3r_jax.config import ModelConfig
-from point3r_jax.memory import (
-  PointerMemory,
-  grow,
-  init_memory,
-  reset,
-  round_capacity,
-)
+from point3r_jax.memory import PointerMemory, reset, round_capacity
 from point3r_jax.params import cast_params
-from point3r_jax.streaming import (
-  Prediction,
-  StepOptions,
-  check_image_type,
-  step_fn,
-)
+from point3r_jax.stream_programs import StepProgram, StreamPrograms
+from point3r_jax.streaming import Prediction, StepOptions, check_image_type
 
+# Images that are encoded at once, on accelerators.
+_LOOK_AHEAD = 8
 # How full the memory is when the next capacity is compiled in the background.
 _COMPILE_AHEAD = 0.5
-# The mesh's axis, along which streams are divided among devices.
-_AXIS = "stream"
-
-
-class _Program(NamedTuple):
-  """What is compiled for one capacity.
-
-  Attributes:
-    step: (params, memory, image) → (memory, prediction).
-    enlarge: memory of the capacity before → memory of this one; None for the
-      capacity that the stream has already.
-  """
-
-  step: Callable[..., tuple[PointerMemory, Prediction]]
-  enlarge: Callable[[PointerMemory], PointerMemory] | None
+# Frames that should be under way while the next one is called: so the device
+# never waits for the host.
+_UNDER_WAY = 1
 
 
 class _Counts:
   """Pointer counts as the host knows them: some frames behind the device."""
 
-  def __init__(self, tokens: int):
+  def __init__(self, tokens: int, known: int = 0, overflow: int = 0):
     # Of the fullest memory, after the last finished frame that was read.
-    self.known = 0
-    self.overflow = 0
+    self.known = known
+    self.overflow = overflow
     self._tokens = tokens
     self._pending = collections.deque()
 
@@ -71,33 +49,60 @@ class _Counts:
       count.copy_to_host_async()
     self._pending.append(counts)
 
-  def read(self, limit: int | None) -> None:
+  def read(self, limit: int | None = None, under_way: int = 0) -> None:
     """Reads what is finished; waits until `bound` is within the limit.
 
-    It waits for as few frames as it must, oldest first; without a limit for
-    none.
+    It waits for as few frames as it must, oldest first, and leaves so many
+    under way; without a limit it waits for none.
     """
     while self._pending and (
       self._pending[0][0].is_ready()
-      or (limit is not None and self.bound > limit)
+      or (
+        limit is not None
+        and self.bound > limit
+        and len(self._pending) > under_way
+      )
     ):
       # Not count[0]: on the device that would queue behind later frames.
       count, overflow = (np.asarray(x) for x in self._pending.popleft())
       self.known, self.overflow = int(count.max()), int(overflow.sum())
 
 
+def _chunks(images: Iterable, size: int) -> Iterator[list]:
+  """Yields lists of so many images, the last one shorter.
+
+  An error of the images' is raised after the images before it.
+  """
+  images, error, full = iter(images), None, True
+  while full and error is None:
+    chunk = []
+    try:
+      for image in itertools.islice(images, size):
+        chunk.append(image)
+    except Exception as raised:
+      error = raised
+    full = len(chunk) == size
+    if chunk:
+      yield chunk
+  if error is not None:
+    raise error
+
+
 class Stream:
   """Feeds one image after the other to a model, or to several side by side.
 
   The step is compiled once per capacity. Before a frame could overflow the
-  memory it grows by half, without losing a pointer; the larger step has by then
-  been compiled in the background. Calls return as soon as the device has the
-  work: reading a prediction waits for it. Only where a frame under way might
-  fill the memory does a call wait, for that frame's count.
+  memory it grows by a quarter, without losing a pointer; the larger step has by
+  then been compiled in the background. Calls return as soon as the device has
+  the work: reading a prediction waits for it. Only where frames under way might
+  fill the memory does a call wait, for their counts.
 
     stream = Stream(config, params, image_size=(384, 512))
     for image in images:
       prediction = stream(image)
+
+  Images that need not be waited for, such as a video's, are faster through
+  `extend`: it encodes several at once.
 
   With a `batch_size` of B it is B streams that have nothing to do with each
   other but take their frames at the same time; each may start anew at any of
@@ -108,19 +113,16 @@ class Stream:
     options: the step's options.
     image_size: (H, W) of the images.
     batch_size: B, streams side by side.
-    memory: the `PointerMemory` after the last frame. The next frame takes over
-      its buffers: copy what you want to keep.
+    look_ahead: images that `extend` encodes at once.
     frames: frames seen since all streams were reset.
-    compile_seconds: seconds that each capacity's step took to compile.
   """
 
   config: ModelConfig
   options: StepOptions
   image_size: tuple[int, int]
   batch_size: int
-  memory: PointerMemory
+  look_ahead: int
   frames: int
-  compile_seconds: dict[int, float]
 
   def __init__(
     self,
@@ -132,6 +134,7 @@ class Stream:
     devices: Sequence[jax.Device] | None = None,
     capacity: int | None = None,
     max_capacity: int | None = None,
+    look_ahead: int | None = None,
     **options,
   ):
     """Prepares a stream; compiles at the first image.
@@ -146,6 +149,8 @@ class Stream:
       capacity: pointers to start with room for; default: four frames' tokens.
       max_capacity: where growth stops; pointers beyond are merged into their
         nearest, counted in `overflow` and warned about. None: no limit.
+      look_ahead: images that `extend` encodes at once; None: 8, but 1 on a CPU,
+        which gains nothing by more.
       **options: fields of `StepOptions`.
 
     Raises:
@@ -160,67 +165,83 @@ class Stream:
         f"{batch_size} streams cannot be divided equally among "
         f"{len(devices or [None])} devices"
       )
-    self._split = None
-    if devices:
-      mesh = jax.make_mesh(
-        (len(devices),), (_AXIS,), (AxisType.Auto,), devices=devices
-      )
-      self._split = NamedSharding(mesh, PartitionSpec(_AXIS))
-    self.memory = self._init_memory(capacity)
-    if max_capacity is not None and max_capacity < self.memory.capacity:
+    if look_ahead is None:
+      look_ahead = 1 if jax.default_backend() == "cpu" else _LOOK_AHEAD
+    if look_ahead < 1:
+      raise ValueError(f"look_ahead must be at least 1, got {look_ahead}")
+    self.look_ahead = look_ahead
+    self.frames = 0
+    self._programs = StreamPrograms(
+      config, self.options, self.image_size, batch_size, devices
+    )
+    self._memory = self._programs.init_memory(capacity)
+    if max_capacity is not None and max_capacity < self.capacity:
       raise ValueError(
         f"max_capacity {max_capacity} is below the first capacity "
-        f"{self.memory.capacity}"
+        f"{self.capacity}"
       )
-    self.frames = 0
-    self.compile_seconds = {}
     self._max_capacity = max_capacity
-    self._params = jax.device_put(
-      cast_params(params, self.options.precision),
-      self._split and NamedSharding(self._split.mesh, PartitionSpec()),
+    self._params = self._programs.put(
+      cast_params(params, self.options.precision)
     )
-    self._tokens = self.memory.image_position.shape[1]
-    self._step = jax.jit(self._make_step(), donate_argnums=1)
-    self._grow = jax.jit(grow, static_argnums=1, out_shardings=self._split)
-    self._clear = jax.jit(reset, donate_argnums=0, out_shardings=self._split)
-    self._programs = {}
-    self._compiler = concurrent.futures.ThreadPoolExecutor(1, "compile-ahead")
+    self._tokens = self._memory.image_position.shape[1]
+    self._clear = jax.jit(
+      reset, donate_argnums=0, out_shardings=self._programs.split
+    )
     self._counts = _Counts(self._tokens)
     self._warned = False
 
-  def _make_step(self) -> Callable[..., tuple[PointerMemory, Prediction]]:
-    """Returns the step; every device takes its own streams through it."""
-    step = functools.partial(step_fn, self.config, self.options)
-    if self._split is None:
-      return step
-    return jax.shard_map(
-      step,
-      mesh=self._split.mesh,
-      in_specs=(PartitionSpec(), self._split.spec, self._split.spec),
-      out_specs=self._split.spec,
-      check_vma=False,
-    )
+  @property
+  def memory(self) -> PointerMemory:
+    """The memory after the last frame.
 
-  def _init_memory(self, capacity: int | None) -> PointerMemory:
-    memory = init_memory(
-      self.config, self.batch_size, self.image_size, capacity
+    The next frame takes over its buffers: copy what you want to keep. A memory
+    that was kept can be given back, to go on where it was.
+    """
+    return self._memory
+
+  @memory.setter
+  def memory(self, memory: PointerMemory) -> None:
+    if memory.capacity > (self._max_capacity or memory.capacity):
+      raise ValueError(
+        f"the memory's capacity {memory.capacity} is above max_capacity "
+        f"{self._max_capacity}"
+      )
+    wanted = self._programs.memory_shapes(memory.capacity)
+    for (path, want), got in zip(
+      jax.tree.leaves_with_path(wanted), jax.tree.leaves(memory), strict=True
+    ):
+      if (want.shape, want.dtype) != (got.shape, got.dtype):
+        raise ValueError(
+          f"this stream's memory has {jax.tree_util.keystr(path)[1:]} of "
+          f"{want.shape} {want.dtype}, not {got.shape} {got.dtype}"
+        )
+    # A copy: the next frame takes over its buffers.
+    self._memory = jax.device_put(
+      jax.tree.map(jnp.copy, memory), self._programs.split
     )
-    return jax.device_put(memory, self._split) if self._split else memory
+    self._counts = _Counts(self._tokens, self.pointer_count, self.overflow)
+    self.frames = int(np.asarray(memory.frame).max())
 
   @property
   def capacity(self) -> int:
     """Pointers there is room for now."""
-    return self.memory.capacity
+    return self._memory.capacity
+
+  @property
+  def compile_seconds(self) -> dict[int | str, float]:
+    """Seconds to compile the step, by capacity, and `extend`'s "encoder"."""
+    return self._programs.seconds
 
   @property
   def pointer_count(self) -> int:
     """Pointers in memory, the fullest one's; waits for the last frame."""
-    return int(np.asarray(self.memory.count).max())
+    return int(np.asarray(self._memory.count).max())
 
   @property
   def overflow(self) -> int:
     """Pointers merged for lack of room since reset; waits for the frame."""
-    return int(np.asarray(self.memory.overflow).sum())
+    return int(np.asarray(self._memory.overflow).sum())
 
   def reset(self, which: np.ndarray | None = None) -> None:
     """Forgets everything: the next image is a first frame again.
@@ -238,16 +259,16 @@ class Stream:
           f"which must be ({self.batch_size},) bool, got {which.shape} "
           f"{which.dtype}"
         )
-      self.memory = self._clear(self.memory, which)
+      self._memory = self._clear(self._memory, which)
       return
-    self.memory = self._init_memory(self.capacity)
+    self._memory = self._programs.init_memory(self.capacity)
     self.frames = 0
     self._counts = _Counts(self._tokens)
     self._warned = False
 
   def wait_for_compiles(self) -> None:
     """Returns once no step is being compiled in the background."""
-    concurrent.futures.wait(self._programs.values())
+    self._programs.wait()
 
   def __call__(self, image: np.ndarray | jax.Array) -> Prediction:
     """Takes the next image of each stream.
@@ -262,6 +283,49 @@ class Stream:
     Raises:
       ValueError: if the image does not have the stream's size or a known type.
     """
+    image = self._check(image)
+    return self._take(image, image.dtype)
+
+  def extend(
+    self, images: Iterable[np.ndarray | jax.Array]
+  ) -> Iterator[Prediction]:
+    """Takes images in turn, and encodes `look_ahead` of them at once.
+
+    What comes out is what calls with one image after the other give. So many
+    images are read before their first prediction; so it is for images that come
+    faster than predictions are needed. An error of the images' is raised after
+    the predictions for the images before it.
+
+    Args:
+      images: each as in a call, all of one type.
+
+    Yields:
+      The prediction for each image.
+
+    Raises:
+      ValueError: as calls do, before any image is taken of those that were read
+        with the one in question.
+    """
+    for chunk in _chunks(images, self.look_ahead):
+      chunk = [self._check(image) for image in chunk]
+      dtype, *others = {np.dtype(image.dtype) for image in chunk}
+      if others:
+        raise ValueError(
+          f"images must be of one type, got {dtype}, {others[0]}"
+        )
+      if self.look_ahead == 1:
+        yield self._take(*chunk, dtype)
+        continue
+      encode = self._programs.encoder(self._params, self.look_ahead, dtype)
+      # Of fewer images than usual the last is repeated: nothing is compiled.
+      missing = self.look_ahead - len(chunk)
+      images = np.stack(chunk + chunk[-1:] * missing)
+      encoded = encode.result()(self._params, images)
+      for tokens in encoded[: len(chunk)]:
+        yield self._take(tokens, None)
+
+  def _check(self, image: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+    """Returns an image of each stream; raises ValueError for others."""
     image = image[None] if image.ndim == 3 else image
     shape = (self.batch_size, *self.image_size, 3)
     if image.shape != shape:
@@ -269,64 +333,52 @@ class Stream:
         f"this stream takes images of shape {shape}, got {tuple(image.shape)}"
       )
     check_image_type(image.dtype)
-    self._make_room(image.dtype)
-    program = self._program(self.capacity, image.dtype).result()
-    self.memory, prediction = program.step(self._params, self.memory, image)
+    return image
+
+  def _take(
+    self, frame: np.ndarray | jax.Array, dtype: np.dtype | None
+  ) -> Prediction:
+    """Takes an image of a type or, if that is None, an encoded frame."""
+    self._make_room(dtype)
+    program = self._program(self.capacity, dtype).result()
+    self._memory, prediction = program.step(self._params, self._memory, frame)
     self._counts.add(prediction)
     self.frames += 1
     return prediction
 
-  def _program(self, capacity: int, dtype) -> concurrent.futures.Future:
-    """Returns the programs for a capacity, compiled or being compiled."""
-    key = (capacity, np.dtype(dtype))
-    future = self._programs.get(key)
-    failed = future and future.done() and future.exception()
-    if future is None or failed:  # What failed may have been out of memory.
-      future = self._compiler.submit(self._compile, *key, self.capacity)
-      self._programs[key] = future
-    return future
-
-  def _compile(self, capacity: int, dtype: np.dtype, before: int) -> _Program:
-    start = time.perf_counter()
-
-    def array(shape, dtype):
-      return jax.ShapeDtypeStruct(shape, dtype, sharding=self._split)
-
-    def memory(capacity):
-      shapes = jax.eval_shape(
-        lambda: init_memory(
-          self.config, self.batch_size, self.image_size, capacity
-        )
-      )
-      return jax.tree.map(lambda x: array(x.shape, x.dtype), shapes)
-
-    image = array((self.batch_size, *self.image_size, 3), dtype)
-    step = self._step.lower(self._params, memory(capacity), image).compile()
-    enlarge = None
-    if capacity != before:
-      enlarge = self._grow.lower(memory(before), capacity).compile()
-    self.compile_seconds[capacity] = time.perf_counter() - start
-    return _Program(step, enlarge)
+  def _program(
+    self, capacity: int, dtype: np.dtype | None
+  ) -> concurrent.futures.Future[StepProgram]:
+    """Returns the step for a capacity, compiled or being compiled."""
+    # A memory that can grow has room for a frame before each frame.
+    grows = capacity != self._max_capacity and capacity >= 2 * self._tokens
+    unread = self._tokens if grows else 0
+    return self._programs.step(
+      self._params, capacity, self.capacity, dtype, unread
+    )
 
   def _next_capacity(self) -> int:
-    """Returns half as much room again, at least a frame's, within limits."""
-    larger = max(self.capacity * 3 // 2, self.capacity + self._tokens)
+    """Returns a quarter more room, at least a frame's, within limits."""
+    larger = max(self.capacity * 5 // 4, self.capacity + self._tokens)
     if self._max_capacity is not None:
       return min(round_capacity(larger), self._max_capacity)
     return round_capacity(larger)
 
-  def _make_room(self, dtype) -> None:
+  def _make_room(self, dtype: np.dtype | None) -> None:
     """Grows the memory if the next frame might not fit."""
-    larger = self._next_capacity()
+    counts, larger = self._counts, self._next_capacity()
+    counts.read()
     if larger == self.capacity:
-      self._counts.read(limit=None)
       self._warn_once()
       return
-    self._counts.read(limit=self.capacity)
-    if self._counts.bound > self.capacity:
-      program = self._program(larger, dtype).result()
-      self.memory = program.enlarge(self.memory)
-    elif self._counts.known > _COMPILE_AHEAD * self.capacity:
+    counts.read(limit=self.capacity, under_way=_UNDER_WAY)
+    if counts.bound > self.capacity:
+      program = self._program(larger, dtype)
+      if not program.done():
+        counts.read(limit=self.capacity)
+      if counts.bound > self.capacity:
+        self._memory = program.result().enlarge(self._memory)
+    elif counts.known > _COMPILE_AHEAD * self.capacity:
       self._program(larger, dtype)
 
   def _warn_once(self) -> None:

@@ -104,11 +104,17 @@ def build_model(config: ModelConfig, options: StepOptions) -> Point3R:
   )
 
 
-def read_memory(memory: PointerMemory) -> Context:
-  """Returns what the network reads of a memory."""
+def read_memory(memory: PointerMemory, unread: int = 0) -> Context:
+  """Returns what the network reads of a memory.
+
+  Args:
+    memory: of B streams.
+    unread: rows at its end that are known to hold no pointers.
+  """
+  rows = memory.capacity - unread
   return Context(
-    position=memory.position,
-    feature=memory.feature,
+    position=memory.position[:, :rows],
+    feature=memory.feature[:, :rows],
     count=memory.count,
     pose_slots=memory.pose_slots,
     image_position=memory.image_position,
@@ -143,23 +149,43 @@ def advance(
   )
 
 
+def encode_fn(
+  config: ModelConfig, options: StepOptions, params: dict, images: jax.Array
+) -> jax.Array:
+  """Encodes frames, each by itself: (B, H, W, 3) images to (B, N, E) tokens."""
+  model = build_model(config, options)
+  with jax.default_matmul_precision(options.precision.matmul):
+    return model.apply({"params": params}, images, method=model.encode)
+
+
+def interact_fn(
+  config: ModelConfig,
+  options: StepOptions,
+  params: dict,
+  memory: PointerMemory,
+  tokens: jax.Array,
+  grid: tuple[int, int],
+  unread: int = 0,
+) -> tuple[PointerMemory, Prediction]:
+  """What a step does with an encoded frame; see `read_memory` for `unread`."""
+  model, context = build_model(config, options), read_memory(memory, unread)
+  with jax.default_matmul_precision(options.precision.matmul):
+    output = model.apply({"params": params}, tokens, context, grid)
+    return advance(memory, output, options)
+
+
 def step_fn(
   config: ModelConfig,
   options: StepOptions,
   params: dict,
   memory: PointerMemory,
   images: jax.Array,
+  unread: int = 0,
 ) -> tuple[PointerMemory, Prediction]:
   """`step` before jit: to be traced inside a larger program."""
-  model, context = build_model(config, options), read_memory(memory)
+  tokens = encode_fn(config, options, params, images)
   grid = config.grid(images.shape[1:3])
-
-  def run(model):
-    return model(model.encode(images), context, grid)
-
-  with jax.default_matmul_precision(options.precision.matmul):
-    output = model.apply({"params": params}, method=run)
-    return advance(memory, output, options)
+  return interact_fn(config, options, params, memory, tokens, grid, unread)
 
 
 def scan_fn(

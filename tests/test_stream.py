@@ -9,6 +9,7 @@ import pytest
 
 import point3r_jax as p3r
 from point3r_jax import stream as stream_module
+from point3r_jax import stream_programs
 from tests import goldens, micro
 
 FRAMES = 6
@@ -111,6 +112,100 @@ def test_streams_are_divided_equally():
     make_stream(batch_size=3, devices=jax.devices()[:2])
 
 
+@pytest.mark.parametrize("look_ahead", [1, 4])
+def test_extend_is_one_call_after_the_other(look_ahead):
+  """Six images in fours: the last two fill half of what is encoded at once."""
+  one_by_one = make_stream(capacity=micro.TOKENS, fusion=False)
+  expected = [jax.device_get(one_by_one(image)) for image in images()]
+  stream = make_stream(
+    capacity=micro.TOKENS, fusion=False, look_ahead=look_ahead
+  )
+  found = jax.device_get(list(stream.extend(images())))
+  chex.assert_trees_all_close(found, expected, atol=1e-5, rtol=1e-5)
+  chex.assert_trees_all_close(
+    stream.memory, one_by_one.memory, atol=1e-5, rtol=1e-5
+  )
+  assert stream.frames == FRAMES
+  assert ("encoder" in stream.compile_seconds) == (look_ahead > 1)
+
+
+def test_extend_takes_streams_on_several_devices():
+  clip = micro.images(3, 2)
+  stream = make_stream(batch_size=2, devices=jax.devices()[:2], look_ahead=2)
+  found = jax.device_get(list(stream.extend(clip)))
+  together = make_stream(batch_size=2)
+  expected = [jax.device_get(together(images)) for images in clip]
+  chex.assert_trees_all_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_extend_takes_what_came_before_an_error():
+  def broken():
+    yield from images(3)
+    raise OSError("the video ends here")
+
+  stream, found = make_stream(look_ahead=2), []
+  with pytest.raises(OSError, match="ends here"):
+    for prediction in stream.extend(broken()):
+      found.append(prediction)
+  assert len(found) == stream.frames == 3
+
+
+def test_extend_refuses_a_mixture_of_types():
+  mixed = [images()[0], images()[0].astype(np.float32)]
+  with pytest.raises(ValueError, match="must be of one type"):
+    list(make_stream(look_ahead=2).extend(mixed))
+  with pytest.raises(ValueError, match="look_ahead must be at least 1, got 0"):
+    make_stream(look_ahead=0)
+
+
+def test_a_memory_that_was_kept_goes_on_where_it_was():
+  """With no room to spare: the stream must know how full it is."""
+  stream = make_stream(capacity=4 * micro.TOKENS, fusion=False)
+  clip = images()
+  for image in clip[:4]:
+    stream(image)
+  kept = jax.tree.map(np.array, stream.memory)
+  expected = [jax.device_get(stream(image)) for image in clip[4:]]
+
+  other = make_stream(fusion=False)
+  other.memory = jax.tree.map(jax.numpy.asarray, kept)
+  assert other.pointer_count == 4 * micro.TOKENS and other.frames == 4
+  found = [jax.device_get(other(image)) for image in clip[4:]]
+  assert other.overflow == 0
+  chex.assert_trees_all_close(found, expected, atol=1e-5, rtol=1e-5)
+
+  with pytest.raises(ValueError, match=r"position of \(2, .* not \(1, "):
+    make_stream(batch_size=2).memory = stream.memory
+  with pytest.raises(ValueError, match="above max_capacity 12"):
+    make_stream(capacity=12, max_capacity=12).memory = stream.memory
+
+
+def test_rows_that_are_not_read_hold_nothing(monkeypatch):
+  """Before each frame of a memory that can grow, a frame's rows are free."""
+  seen = []
+  interact = stream_programs.interact_fn
+
+  def spy(config, options, params, memory, tokens, grid, unread):
+    seen.append((memory.capacity, unread))
+    return interact(config, options, params, memory, tokens, grid, unread)
+
+  monkeypatch.setattr(stream_programs, "interact_fn", spy)
+  stream = make_stream(
+    capacity=micro.TOKENS,
+    max_capacity=128 + micro.TOKENS,
+    fusion=False,
+    look_ahead=2,
+  )
+  before = []
+  for _ in stream.extend(np.concatenate([images()] * 5)):
+    before.append((stream.capacity, stream.pointer_count - micro.TOKENS))
+  unread = dict(seen)
+  # Too small for it, large enough, and no longer able to grow.
+  assert unread == {micro.TOKENS: 0, 128: micro.TOKENS, 128 + micro.TOKENS: 0}
+  assert all(count <= room - unread[room] for room, count in before)
+  assert stream.overflow > 0
+
+
 def test_full_memory_warns_once_and_counts(caplog):
   stream = make_stream(
     capacity=micro.TOKENS, max_capacity=2 * micro.TOKENS, fusion=False
@@ -196,8 +291,8 @@ def long_stream(model):
 def test_a_long_stream_compiles_once_per_capacity(monkeypatch, model):
   """Traces are counted by chex, compilations by what JAX reports."""
   capacities = 3
-  counted = chex.assert_max_traces(stream_module.step_fn, n=capacities)
-  monkeypatch.setattr(stream_module, "step_fn", counted)
+  counted = chex.assert_max_traces(stream_programs.step_fn, n=capacities)
+  monkeypatch.setattr(stream_programs, "step_fn", counted)
   stream, clip, frames = long_stream(model)
 
   compiled = []

@@ -101,6 +101,11 @@ def _parser() -> argparse.ArgumentParser:
   )
   add("--capacity", type=int, help="pointers to have room for at the start")
   add("--max_capacity", type=int, help="pointers never to exceed")
+  add(
+    "--look_ahead",
+    type=int,
+    help="images to encode at once (default: 8, but 1 on a CPU)",
+  )
   add("--no_fusion", action="store_true", help="keep all pointers")
   add(
     "--fusion_divisor",
@@ -219,6 +224,7 @@ def _open_stream(
       frames.image_size,
       capacity=flags.capacity,
       max_capacity=flags.max_capacity,
+      look_ahead=flags.look_ahead,
       precision=flags.precision,
       fusion=not flags.no_fusion,
       fusion_divisor=flags.fusion_divisor,

@@ -1,0 +1,214 @@
+"""The programs of a live stream, compiled in the background."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import time
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from point3r_jax.config import ModelConfig
+from point3r_jax.memory import PointerMemory, grow, init_memory
+from point3r_jax.streaming import (
+  Prediction,
+  StepOptions,
+  encode_fn,
+  interact_fn,
+  step_fn,
+)
+
+# The mesh's axis, along which streams are divided among devices.
+_AXIS = "stream"
+
+
+class StepProgram(NamedTuple):
+  """What is compiled for one capacity.
+
+  Attributes:
+    step: (params, memory, frame) → (memory, prediction); the memory is donated.
+    enlarge: memory of the capacity before → memory of this one; None for the
+      capacity that the stream has already.
+  """
+
+  step: Callable[..., tuple[PointerMemory, Prediction]]
+  enlarge: Callable[[PointerMemory], PointerMemory] | None
+
+
+class StreamPrograms:
+  """Compiles what a stream of one image size runs, each program once.
+
+  Attributes:
+    split: how arrays with a leading axis of B live on several devices; None: on
+      the default device.
+    seconds: that programs took to compile: by capacity, and the "encoder".
+  """
+
+  split: NamedSharding | None
+  seconds: dict[int | str, float]
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    options: StepOptions,
+    image_size: tuple[int, int],
+    batch_size: int,
+    devices: Sequence[jax.Device] | None = None,
+  ):
+    """Compiles nothing yet.
+
+    Args:
+      config: the model's sizes.
+      options: the step's options.
+      image_size: (H, W), multiples of the patch size.
+      batch_size: B, streams side by side.
+      devices: to divide the streams among; None: the default device.
+    """
+    self._config = config
+    self._options = options
+    self._image_shape = (batch_size, *image_size, 3)
+    self._grid = config.grid(image_size)
+    self.split = None
+    if devices:
+      mesh = jax.make_mesh(
+        (len(devices),), (_AXIS,), (AxisType.Auto,), devices=devices
+      )
+      self.split = NamedSharding(mesh, PartitionSpec(_AXIS))
+    self.seconds = {}
+    self._futures = {}
+    self._executor = concurrent.futures.ThreadPoolExecutor(1, "compile-ahead")
+
+  def put(self, params: dict) -> dict:
+    """Moves parameters to where the programs want them."""
+    everywhere = self.split and NamedSharding(self.split.mesh, PartitionSpec())
+    return jax.device_put(params, everywhere)
+
+  def init_memory(self, capacity: int | None) -> PointerMemory:
+    """Returns an empty memory; see `memory.init_memory`."""
+    memory = init_memory(
+      self._config, self._image_shape[0], self._image_shape[1:3], capacity
+    )
+    return jax.device_put(memory, self.split) if self.split else memory
+
+  def memory_shapes(self, capacity: int) -> PointerMemory:
+    """Returns the memory of a capacity, as shapes with shardings."""
+    shapes = jax.eval_shape(lambda: self.init_memory(capacity))
+    return jax.tree.map(lambda x: self._array(x.shape, x.dtype), shapes)
+
+  def step(
+    self,
+    params: dict,
+    capacity: int,
+    before: int,
+    dtype: np.dtype | None,
+    unread: int,
+  ) -> concurrent.futures.Future[StepProgram]:
+    """Returns the step for a capacity, compiled or being compiled.
+
+    Args:
+      params: what the step will be called with.
+      capacity: of the memory it will be called with.
+      before: the stream's capacity now.
+      dtype: of the images; None: frames are encoded already.
+      unread: rows at the memory's end that will hold no pointers before.
+    """
+    if dtype is None:
+      tokens = self._grid[0] * self._grid[1]
+      shape = (self._image_shape[0], tokens, self._config.encoder_width)
+      frame = self._array(shape, np.float32)
+      program = functools.partial(
+        interact_fn, self._config, self._options, grid=self._grid, unread=unread
+      )
+    else:
+      frame = self._array(self._image_shape, dtype)
+      program = functools.partial(
+        step_fn, self._config, self._options, unread=unread
+      )
+
+    def compile_step():
+      memory = self.memory_shapes(capacity)
+      streams = PartitionSpec(_AXIS)
+      run = self._divide(program, streams, streams)
+      run = jax.jit(run, donate_argnums=1)
+      step = run.lower(params, memory, frame).compile()
+      enlarge = None
+      if capacity != before:
+        larger = jax.jit(grow, static_argnums=1, out_shardings=self.split)
+        shapes = self.memory_shapes(before)
+        enlarge = larger.lower(shapes, capacity).compile()
+      return StepProgram(step, enlarge)
+
+    return self._submit((capacity, dtype), capacity, compile_step)
+
+  def encoder(
+    self, params: dict, frames: int, dtype: np.dtype
+  ) -> concurrent.futures.Future[Callable[..., tuple[jax.Array, ...]]]:
+    """Returns the encoder of so many frames at once.
+
+    That is (params, images (T, B, H, W, 3)) → T times (B, N, E) float32.
+    """
+
+    several = PartitionSpec(None, _AXIS)
+
+    def encode(params, images):
+      tokens = encode_fn(
+        self._config,
+        self._options,
+        params,
+        images.reshape(-1, *images.shape[2:]),
+      )
+      return tuple(tokens.reshape(*images.shape[:2], *tokens.shape[1:]))
+
+    def compile_encoder():
+      images = jax.ShapeDtypeStruct(
+        (frames, *self._image_shape),
+        dtype,
+        sharding=self.split and NamedSharding(self.split.mesh, several),
+      )
+      run = self._divide(encode, several)
+      return jax.jit(run).lower(params, images).compile()
+
+    return self._submit(("encoder", dtype), "encoder", compile_encoder)
+
+  def wait(self) -> None:
+    """Returns once nothing is being compiled."""
+    concurrent.futures.wait(self._futures.values())
+
+  def _array(self, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=self.split)
+
+  def _divide(self, program: Callable, *specs: PartitionSpec) -> Callable:
+    """Returns (params, …) → …; each device takes its own streams of it.
+
+    The others than the parameters are divided as the specs say.
+    """
+    if self.split is None:
+      return program
+    return jax.shard_map(
+      program,
+      mesh=self.split.mesh,
+      in_specs=(PartitionSpec(), *specs),
+      out_specs=self.split.spec,
+      check_vma=False,
+    )
+
+  def _submit(
+    self, key: Hashable, name: int | str, compile_program: Callable[[], Any]
+  ) -> concurrent.futures.Future:
+    """Compiles in the background what was not, or failed to be, compiled."""
+
+    def timed():
+      started = time.perf_counter()
+      program = compile_program()
+      self.seconds[name] = time.perf_counter() - started
+      return program
+
+    future = self._futures.get(key)
+    failed = future and future.done() and future.exception()
+    if future is None or failed:  # What failed may have been out of memory.
+      future = self._futures[key] = self._executor.submit(timed)
+    return future
