@@ -15,9 +15,9 @@ class ModelConfig:
   can be a static argument of jitted functions.
 
   Attributes:
-    image_size: side in pixels the weights were trained for: 512 (the long side)
-      or 224 (square). A default for tools; the model takes any size that is a
-      multiple of `patch_size`.
+    image_size: side in pixels the weights were trained for: that of a square if
+      it is 224, otherwise the long one (512; 128). A default for tools; the
+      model takes any size that is a multiple of `patch_size`.
     patch_size: side of a token's patch, in pixels.
     encoder_width: E, channels of an encoder token.
     encoder_depth: blocks of the image encoder.

@@ -60,6 +60,11 @@ def default_capacity(config: ModelConfig, image_size: tuple[int, int]) -> int:
   return round_capacity(4 * height * width)
 
 
+def next_capacity(capacity: int, tokens: int) -> int:
+  """Returns a quarter more room, and room for a frame's tokens at least."""
+  return round_capacity(max(capacity * 5 // 4, capacity + tokens))
+
+
 def init_memory(
   config: ModelConfig,
   batch_size: int,

@@ -13,15 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from point3r_jax.config import ModelConfig
-from point3r_jax.memory import PointerMemory, reset, round_capacity
+from point3r_jax.memory import PointerMemory, next_capacity, reset
 from point3r_jax.params import cast_params
 from point3r_jax.stream_programs import StepProgram, StreamPrograms
 from point3r_jax.streaming import Prediction, StepOptions, check_image_type
 
 # Images that are encoded at once, on accelerators.
 _LOOK_AHEAD = 8
-# How full the memory is when the next capacity is compiled in the background.
-_COMPILE_AHEAD = 0.5
 # Frames that should be under way while the next one is called: so the device
 # never waits for the host.
 _UNDER_WAY = 1
@@ -135,6 +133,7 @@ class Stream:
     capacity: int | None = None,
     max_capacity: int | None = None,
     look_ahead: int | None = None,
+    compile_ahead: float = 0.5,
     **options,
   ):
     """Prepares a stream; compiles at the first image.
@@ -151,6 +150,8 @@ class Stream:
         nearest, counted in `overflow` and warned about. None: no limit.
       look_ahead: images that `extend` encodes at once; None: 8, but 1 on a CPU,
         which gains nothing by more.
+      compile_ahead: how full the memory is when the next capacity is compiled
+        in the background; 1: not before it is needed.
       **options: fields of `StepOptions`.
 
     Raises:
@@ -181,6 +182,7 @@ class Stream:
         f"{self.capacity}"
       )
     self._max_capacity = max_capacity
+    self._compile_ahead = compile_ahead
     self._params = self._programs.put(
       cast_params(params, self.options.precision)
     )
@@ -358,11 +360,9 @@ class Stream:
     )
 
   def _next_capacity(self) -> int:
-    """Returns a quarter more room, at least a frame's, within limits."""
-    larger = max(self.capacity * 5 // 4, self.capacity + self._tokens)
-    if self._max_capacity is not None:
-      return min(round_capacity(larger), self._max_capacity)
-    return round_capacity(larger)
+    """Returns the capacity to grow to, within limits."""
+    larger = next_capacity(self.capacity, self._tokens)
+    return min(larger, self._max_capacity or larger)
 
   def _make_room(self, dtype: np.dtype | None) -> None:
     """Grows the memory if the next frame might not fit."""
@@ -378,7 +378,7 @@ class Stream:
         counts.read(limit=self.capacity)
       if counts.bound > self.capacity:
         self._memory = program.result().enlarge(self._memory)
-    elif counts.known > _COMPILE_AHEAD * self.capacity:
+    elif counts.known > self._compile_ahead * self.capacity:
       self._program(larger, dtype)
 
   def _warn_once(self) -> None:
