@@ -15,7 +15,7 @@ import numpy as np
 from point3r_jax.config import ModelConfig
 from point3r_jax.memory import PointerMemory, next_capacity, reset
 from point3r_jax.params import cast_params
-from point3r_jax.stream_programs import StepProgram, StreamPrograms
+from point3r_jax.stream_programs import Step, StreamPrograms
 from point3r_jax.streaming import Prediction, StepOptions, check_image_type
 
 # Images that are encoded at once, on accelerators.
@@ -342,22 +342,20 @@ class Stream:
   ) -> Prediction:
     """Takes an image of a type or, if that is None, an encoded frame."""
     self._make_room(dtype)
-    program = self._program(self.capacity, dtype).result()
-    self._memory, prediction = program.step(self._params, self._memory, frame)
+    step = self._step(self.capacity, dtype).result()
+    self._memory, prediction = step(self._params, self._memory, frame)
     self._counts.add(prediction)
     self.frames += 1
     return prediction
 
-  def _program(
+  def _step(
     self, capacity: int, dtype: np.dtype | None
-  ) -> concurrent.futures.Future[StepProgram]:
+  ) -> concurrent.futures.Future[Step]:
     """Returns the step for a capacity, compiled or being compiled."""
     # A memory that can grow has room for a frame before each frame.
     grows = capacity != self._max_capacity and capacity >= 2 * self._tokens
     unread = self._tokens if grows else 0
-    return self._programs.step(
-      self._params, capacity, self.capacity, dtype, unread
-    )
+    return self._programs.step(self._params, capacity, dtype, unread)
 
   def _next_capacity(self) -> int:
     """Returns the capacity to grow to, within limits."""
@@ -372,14 +370,15 @@ class Stream:
       self._warn_once()
       return
     counts.read(limit=self.capacity, under_way=_UNDER_WAY)
+    crowded = counts.bound > self.capacity
+    if not crowded and counts.known <= self._compile_ahead * self.capacity:
+      return
+    step = self._step(larger, dtype)
+    enlarge = self._programs.enlarge(self.capacity, larger)
+    if crowded and not (step.done() and enlarge.done()):
+      counts.read(limit=self.capacity)  # The frame may fit when all are done.
     if counts.bound > self.capacity:
-      program = self._program(larger, dtype)
-      if not program.done():
-        counts.read(limit=self.capacity)
-      if counts.bound > self.capacity:
-        self._memory = program.result().enlarge(self._memory)
-    elif counts.known > self._compile_ahead * self.capacity:
-      self._program(larger, dtype)
+      self._memory = enlarge.result()(self._memory)
 
   def _warn_once(self) -> None:
     """Says that pointers find no room, as soon as the host knows."""

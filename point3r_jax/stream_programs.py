@@ -6,7 +6,7 @@ import concurrent.futures
 import functools
 import time
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,21 +22,11 @@ from point3r_jax.streaming import (
   step_fn,
 )
 
+# (params, memory, frame) → (memory, prediction); the memory is donated.
+Step = Callable[..., tuple[PointerMemory, Prediction]]
+
 # The mesh's axis, along which streams are divided among devices.
 _AXIS = "stream"
-
-
-class StepProgram(NamedTuple):
-  """What is compiled for one capacity.
-
-  Attributes:
-    step: (params, memory, frame) → (memory, prediction); the memory is donated.
-    enlarge: memory of the capacity before → memory of this one; None for the
-      capacity that the stream has already.
-  """
-
-  step: Callable[..., tuple[PointerMemory, Prediction]]
-  enlarge: Callable[[PointerMemory], PointerMemory] | None
 
 
 class StreamPrograms:
@@ -100,19 +90,13 @@ class StreamPrograms:
     return jax.tree.map(lambda x: self._array(x.shape, x.dtype), shapes)
 
   def step(
-    self,
-    params: dict,
-    capacity: int,
-    before: int,
-    dtype: np.dtype | None,
-    unread: int,
-  ) -> concurrent.futures.Future[StepProgram]:
+    self, params: dict, capacity: int, dtype: np.dtype | None, unread: int
+  ) -> concurrent.futures.Future[Step]:
     """Returns the step for a capacity, compiled or being compiled.
 
     Args:
       params: what the step will be called with.
       capacity: of the memory it will be called with.
-      before: the stream's capacity now.
       dtype: of the images; None: frames are encoded already.
       unread: rows at the memory's end that will hold no pointers before.
     """
@@ -134,15 +118,20 @@ class StreamPrograms:
       streams = PartitionSpec(_AXIS)
       run = self._divide(program, streams, streams)
       run = jax.jit(run, donate_argnums=1)
-      step = run.lower(params, memory, frame).compile()
-      enlarge = None
-      if capacity != before:
-        larger = jax.jit(grow, static_argnums=1, out_shardings=self.split)
-        shapes = self.memory_shapes(before)
-        enlarge = larger.lower(shapes, capacity).compile()
-      return StepProgram(step, enlarge)
+      return run.lower(params, memory, frame).compile()
 
     return self._submit((capacity, dtype), capacity, compile_step)
+
+  def enlarge(
+    self, before: int, capacity: int
+  ) -> concurrent.futures.Future[Callable[[PointerMemory], PointerMemory]]:
+    """Returns what copies a memory into one of a larger capacity."""
+
+    def compile_enlarge():
+      run = jax.jit(grow, static_argnums=1, out_shardings=self.split)
+      return run.lower(self.memory_shapes(before), capacity).compile()
+
+    return self._submit((before, "to", capacity), None, compile_enlarge)
 
   def encoder(
     self, params: dict, frames: int, dtype: np.dtype
@@ -197,14 +186,21 @@ class StreamPrograms:
     )
 
   def _submit(
-    self, key: Hashable, name: int | str, compile_program: Callable[[], Any]
+    self,
+    key: Hashable,
+    name: int | str | None,
+    compile_program: Callable[[], Any],
   ) -> concurrent.futures.Future:
-    """Compiles in the background what was not, or failed to be, compiled."""
+    """Compiles in the background what was not, or failed to be, compiled.
+
+    How long it took is noted under the name, if it has one.
+    """
 
     def timed():
       started = time.perf_counter()
       program = compile_program()
-      self.seconds[name] = time.perf_counter() - started
+      if name is not None:
+        self.seconds[name] = time.perf_counter() - started
       return program
 
     future = self._futures.get(key)

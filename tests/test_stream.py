@@ -174,6 +174,13 @@ def test_a_memory_that_was_kept_goes_on_where_it_was():
   assert other.overflow == 0
   chex.assert_trees_all_close(found, expected, atol=1e-5, rtol=1e-5)
 
+  # The capacity that it grows to is compiled already, but not for growing.
+  smaller = make_stream(capacity=128, fusion=False)
+  smaller(clip[0])
+  smaller.memory = jax.tree.map(jax.numpy.asarray, kept)
+  found = [jax.device_get(smaller(image)) for image in clip[4:]]
+  chex.assert_trees_all_close(found, expected, atol=1e-5, rtol=1e-5)
+
   with pytest.raises(ValueError, match=r"position of \(2, .* not \(1, "):
     make_stream(batch_size=2).memory = stream.memory
   with pytest.raises(ValueError, match="above max_capacity 12"):
