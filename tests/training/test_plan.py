@@ -42,6 +42,7 @@ def micro_plan(data, fsdp):
   config.batch_size = data * fsdp
   config.mesh.data, config.mesh.fsdp = data, fsdp
   # A short backward pass, for it takes most of the time to compile.
+  config.optimizer.name = "adamw"
   config.optimizer.freeze = ("(?!pose_head)",)
   devices = jax.devices()[: data * fsdp]
   return plan(open_experiment(config, devices), micro.IMAGE_SIZE)
