@@ -1,6 +1,7 @@
 """Coloured point clouds as binary PLY."""
 
 import os
+import pathlib
 
 import numpy as np
 
@@ -47,3 +48,30 @@ def write_ply(
       vertices["position"] = points[part]
       vertices["color"] = colors[part]
       file.write(vertices.tobytes())
+
+
+def read_ply(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
+  """Reads a cloud that `write_ply` wrote.
+
+  Args:
+    path: Name of the file.
+
+  Returns:
+    (N, 3) float32 positions and (N, 3) uint8 colours.
+
+  Raises:
+    ValueError: If it is not such a file.
+  """
+  header, mark, body = (
+    pathlib.Path(path).read_bytes().partition(b"end_header\n")
+  )
+  lines = header.decode("ascii", "replace").splitlines()
+  names = [line.split()[-1] for line in lines if line.startswith("property")]
+  usual = ["x", "y", "z", "red", "green", "blue"]
+  counts = [line for line in lines if line.startswith("element vertex ")]
+  if not mark or names != usual or len(counts) != 1:
+    raise ValueError(f"{path} is no cloud that write_ply wrote.")
+  vertices = np.frombuffer(body, _VERTEX)
+  if len(vertices) != int(counts[0].split()[-1]):
+    raise ValueError(f"{path} has {len(vertices)} points, but {counts[0]!r}.")
+  return vertices["position"], vertices["color"]

@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from point3r_jax.export.ply import read_ply
 from point3r_jax.export.scene import OUTPUTS
-
-_VERTEX = np.dtype([("position", "<f4", 3), ("color", "u1", 3)])
 
 
 class WrittenScene(NamedTuple):
@@ -30,33 +29,6 @@ class WrittenScene(NamedTuple):
   camera_to_world: np.ndarray
   intrinsics: np.ndarray
   depth: np.ndarray
-
-
-def read_ply(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray]:
-  """Reads a cloud that `ply.write_ply` wrote.
-
-  Args:
-    path: Name of the file.
-
-  Returns:
-    (N, 3) float32 positions and (N, 3) uint8 colours.
-
-  Raises:
-    ValueError: If it is not such a file.
-  """
-  header, mark, body = (
-    pathlib.Path(path).read_bytes().partition(b"end_header\n")
-  )
-  lines = header.decode("ascii", "replace").splitlines()
-  names = [line.split()[-1] for line in lines if line.startswith("property")]
-  usual = ["x", "y", "z", "red", "green", "blue"]
-  counts = [line for line in lines if line.startswith("element vertex ")]
-  if not mark or names != usual or len(counts) != 1:
-    raise ValueError(f"{path} is no cloud that write_ply wrote.")
-  vertices = np.frombuffer(body, _VERTEX)
-  if len(vertices) != int(counts[0].split()[-1]):
-    raise ValueError(f"{path} has {len(vertices)} points, but {counts[0]!r}.")
-  return vertices["position"], vertices["color"]
 
 
 def read_scene(directory: str | os.PathLike[str]) -> WrittenScene:

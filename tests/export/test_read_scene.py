@@ -6,7 +6,7 @@ import pytest
 from point3r_jax.data.frames import Frame
 from point3r_jax.data.images import Preparation
 from point3r_jax.export import read_scene
-from point3r_jax.export.ply import write_ply
+from point3r_jax.export.ply import read_ply, write_ply
 from point3r_jax.export.scene import FrameResult, SceneOptions, SceneWriter
 
 SIZE = (16, 32)
@@ -65,7 +65,7 @@ def test_a_cloud_comes_back(tmp_path, count):
   points = rng.normal(size=(count, 3)).astype(np.float32)
   colors = rng.integers(0, 256, (count, 3), np.uint8)
   write_ply(tmp_path / "cloud.ply", points, colors)
-  again = read_scene.read_ply(tmp_path / "cloud.ply")
+  again = read_ply(tmp_path / "cloud.ply")
   np.testing.assert_array_equal(again[0], points)
   np.testing.assert_array_equal(again[1], colors)
 
@@ -85,4 +85,4 @@ def test_other_files_are_refused(tmp_path, spoil):
   write_ply(path, np.zeros((3, 3), np.float32), np.zeros((3, 3), np.uint8))
   path.write_bytes(spoil(path.read_bytes()))
   with pytest.raises(ValueError):
-    read_scene.read_ply(path)
+    read_ply(path)
