@@ -23,6 +23,8 @@ OPEN = []
 
 
 def make_stream(**options):
+  """Opens a stream; it compiles what it needs only, unless told otherwise."""
+  options = {"compile_ahead": 1.0, **options}
   OPEN.append(
     p3r.Stream(micro.CONFIG, micro.params(), micro.IMAGE_SIZE, **options)
   )
@@ -112,21 +114,21 @@ def test_streams_are_divided_equally():
     make_stream(batch_size=3, devices=jax.devices()[:2])
 
 
-@pytest.mark.parametrize("look_ahead", [1, 4])
-def test_extend_is_one_call_after_the_other(look_ahead):
+def test_extend_is_one_call_after_the_other():
   """Six images in fours: the last two fill half of what is encoded at once."""
   one_by_one = make_stream(capacity=micro.TOKENS, fusion=False)
   expected = [jax.device_get(one_by_one(image)) for image in images()]
-  stream = make_stream(
-    capacity=micro.TOKENS, fusion=False, look_ahead=look_ahead
-  )
-  found = jax.device_get(list(stream.extend(images())))
-  chex.assert_trees_all_close(found, expected, atol=1e-5, rtol=1e-5)
-  chex.assert_trees_all_close(
-    stream.memory, one_by_one.memory, atol=1e-5, rtol=1e-5
-  )
-  assert stream.frames == FRAMES
-  assert ("encoder" in stream.compile_seconds) == (look_ahead > 1)
+  for look_ahead in (1, 4):
+    stream = make_stream(
+      capacity=micro.TOKENS, fusion=False, look_ahead=look_ahead
+    )
+    found = jax.device_get(list(stream.extend(images())))
+    chex.assert_trees_all_close(found, expected, atol=1e-5, rtol=1e-5)
+    chex.assert_trees_all_close(
+      stream.memory, one_by_one.memory, atol=1e-5, rtol=1e-5
+    )
+    assert stream.frames == FRAMES
+    assert ("encoder" in stream.compile_seconds) == (look_ahead > 1)
 
 
 def test_extend_takes_streams_on_several_devices():
@@ -228,12 +230,13 @@ def test_full_memory_warns_once_and_counts(caplog):
 
 def test_the_next_capacity_is_compiled_ahead():
   capacity = 8 * micro.TOKENS
-  stream = make_stream(capacity=capacity, fusion=False)
-  for image in images():
-    jax.block_until_ready(stream(image))
-  assert stream.capacity == capacity
-  stream.wait_for_compiles()
-  assert len(stream.compile_seconds) == 2
+  for ahead, compiled in ((0.5, 2), (1.0, 1)):
+    stream = make_stream(capacity=capacity, fusion=False, compile_ahead=ahead)
+    for image in images():
+      jax.block_until_ready(stream(image))
+    assert stream.capacity == capacity
+    stream.wait_for_compiles()
+    assert len(stream.compile_seconds) == compiled
 
 
 def test_calls_do_not_wait_when_they_need_not(monkeypatch):
@@ -284,7 +287,10 @@ def long_stream(model):
   """Returns a stream that grows now and then, a clip, and how often to run."""
   if model == "micro":
     stream = make_stream(
-      capacity=8 * micro.TOKENS, max_capacity=256, fusion=False
+      capacity=8 * micro.TOKENS,
+      max_capacity=256,
+      fusion=False,
+      compile_ahead=0.5,
     )
     return stream, images(), 60
   config, params = goldens.seeded_params("small", salt=2)
