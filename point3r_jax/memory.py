@@ -61,8 +61,8 @@ def default_capacity(config: ModelConfig, image_size: tuple[int, int]) -> int:
 
 
 def next_capacity(capacity: int, tokens: int) -> int:
-  """Returns a quarter more room, and room for a frame's tokens at least."""
-  return round_capacity(max(capacity * 5 // 4, capacity + tokens))
+  """Returns an eighth more room, and room for a frame's tokens at least."""
+  return round_capacity(capacity + max(capacity // 8, tokens))
 
 
 def init_memory(

@@ -22,6 +22,8 @@ from point3r_jax.precision import Precision, get_precision
 # in the dense heads' type.
 _FLOAT32 = {"patch_embed", "pose_head", "head_2"}
 _DENSE = {"camera_dense", "dense"}
+# Endings of the names of linear maps whose products are summed in float32.
+_SUMMED = ("projection", "output", "modulation")
 # Module, prefix of a layer's name, name of the stacked layers, and how many of
 # the last layers stay by themselves: the decoder's last one is unlike the rest.
 _STACKS = (
@@ -119,7 +121,7 @@ def merge(params: Mapping[str, Any], others: Mapping[str, Any]) -> dict:
 
 
 def cast_params(params: dict, precision: str | Precision) -> dict:
-  """Casts parameters to the types that a policy multiplies in.
+  """Casts parameters to the types that a policy multiplies and adds in.
 
   A step gives the same result as with the uncast parameters, but does not have
   to cast them again every frame.
@@ -138,8 +140,10 @@ def cast_params(params: dict, precision: str | Precision) -> dict:
     linear = keys[-1] in ("kernel", "bias") and not keys[-2].endswith("norm")
     if not linear or _FLOAT32 & set(keys):
       return x
-    dense = _DENSE & set(keys)
-    return x.astype(precision.dense_dtype if dense else precision.dtype)
+    if _DENSE & set(keys):
+      return x.astype(precision.dense_dtype)
+    summed = keys[-1] == "bias" and keys[-2].endswith(_SUMMED)
+    return x if summed else x.astype(precision.dtype)
 
   return jax.tree_util.tree_map_with_path(cast, params)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from point3r_jax.config import ModelConfig
@@ -27,6 +28,30 @@ Step = Callable[..., tuple[PointerMemory, Prediction]]
 
 # The mesh's axis, along which streams are divided among devices.
 _AXIS = "stream"
+
+# cuDNN wants the kernels of 3×3 convolutions with their output channels first:
+# otherwise XLA transposes them every frame.
+_KERNEL_LAYOUT = Layout((3, 0, 1, 2))
+
+# cuBLAS adds bias and residual within a product, which XLA's own kernels do
+# not; to tune those takes half of the compilation. Merged products would have
+# their weights joined every frame.
+_GPU_OPTIONS = {
+  "xla_gpu_enable_triton_gemm": False,
+  "xla_gpu_dot_merger_threshold_mb": 0,
+}
+
+
+def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+  gpu = jax.default_backend() == "gpu"
+  return lowered.compile(_GPU_OPTIONS if gpu else None)
+
+
+def _arrange(x: jax.Array) -> jax.Array:
+  """Lays a parameter out on the device as the programs read it."""
+  if jax.default_backend() == "gpu" and x.shape[:-2] == (3, 3):
+    return jax.device_put(x, Format(_KERNEL_LAYOUT, x.sharding))
+  return x
 
 
 class StreamPrograms:
@@ -73,9 +98,9 @@ class StreamPrograms:
     self._executor = concurrent.futures.ThreadPoolExecutor(1, "compile-ahead")
 
   def put(self, params: dict) -> dict:
-    """Moves parameters to where the programs want them."""
+    """Moves parameters to where the programs want them, and as they do."""
     everywhere = self.split and NamedSharding(self.split.mesh, PartitionSpec())
-    return jax.device_put(params, everywhere)
+    return jax.tree.map(_arrange, jax.device_put(params, everywhere))
 
   def init_memory(self, capacity: int | None) -> PointerMemory:
     """Returns an empty memory; see `memory.init_memory`."""
@@ -118,7 +143,7 @@ class StreamPrograms:
       streams = PartitionSpec(_AXIS)
       run = self._divide(program, streams, streams)
       run = jax.jit(run, donate_argnums=1)
-      return run.lower(params, memory, frame).compile()
+      return _compile(run.lower(params, memory, frame))
 
     return self._submit((capacity, dtype), capacity, compile_step)
 
@@ -129,7 +154,7 @@ class StreamPrograms:
 
     def compile_enlarge():
       run = jax.jit(grow, static_argnums=1, out_shardings=self.split)
-      return run.lower(self.memory_shapes(before), capacity).compile()
+      return _compile(run.lower(self.memory_shapes(before), capacity))
 
     return self._submit((before, "to", capacity), None, compile_enlarge)
 
@@ -159,7 +184,7 @@ class StreamPrograms:
         sharding=self.split and NamedSharding(self.split.mesh, several),
       )
       run = self._divide(encode, several)
-      return jax.jit(run).lower(params, images).compile()
+      return _compile(jax.jit(run).lower(params, images))
 
     return self._submit(("encoder", dtype), "encoder", compile_encoder)
 

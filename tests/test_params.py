@@ -83,11 +83,15 @@ def test_policies_cast_operands_only():
   assert {str(x.dtype) for x in jax.tree.leaves(params)} == low
   block = params["decoder"]["layer_0"]["image_block"]
   assert block["mlp"]["hidden"]["kernel"].dtype == jnp.bfloat16
+  assert block["mlp"]["hidden"]["bias"].dtype == jnp.bfloat16
+  assert block["mlp"]["output"]["kernel"].dtype == jnp.bfloat16
+  assert block["mlp"]["output"]["bias"].dtype == jnp.float32
   assert block["mlp_norm"]["scale"].dtype == jnp.float32
   assert block["mlp_norm"]["bias"].dtype == jnp.float32
   modulated = params["world_head"]["block_0"]["mlp_norm"]
   assert modulated["norm"]["bias"].dtype == jnp.float32
-  assert modulated["modulation"]["bias"].dtype == jnp.bfloat16
+  assert modulated["modulation"]["kernel"].dtype == jnp.bfloat16
+  assert modulated["modulation"]["bias"].dtype == jnp.float32
   assert params["pose_head"]["output"]["kernel"].dtype == jnp.float32
   assert params["encoder"]["patch_embed"]["kernel"].dtype == jnp.float32
   assert params["pose_token"].dtype == jnp.float32

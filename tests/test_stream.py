@@ -57,6 +57,18 @@ def test_equals_scan_while_growing():
   chex.assert_trees_all_close(stream.memory, memory, atol=1e-5, rtol=1e-5)
 
 
+def test_what_gpus_are_given_is_the_same_function(monkeypatch):
+  """Options and layouts that are for GPUs are known, and change no result."""
+  stream = make_stream()
+  expected = [jax.device_get(stream(image)) for image in images(2)]
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  stream = make_stream(precision="float32", look_ahead=1)
+  got = [jax.device_get(stream(image)) for image in images(2)]
+  kernel = stream._params["camera_dense"]["head_0"]["kernel"]
+  assert kernel.format.layout.major_to_minor == (3, 0, 1, 2)
+  chex.assert_trees_all_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_predictions_outlive_later_frames():
   """Memory is donated from frame to frame; predictions are not part of it."""
   stream = make_stream()

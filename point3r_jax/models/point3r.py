@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -94,8 +96,11 @@ class Point3R(nn.Module):
     }
     self.encoder = VisionTransformer(depth=config.encoder_depth, **encoder)
     self.value_encoder = VisionTransformer(depth=config.value_depth, **encoder)
-    self.image_projection = Linear(config.decoder_width, compute.dtype)
-    self.pointer_projection = Linear(config.decoder_width, compute.dtype)
+    linear = functools.partial(
+      Linear, dtype=compute.dtype, result=jnp.float32
+    )
+    self.image_projection = linear(config.decoder_width)
+    self.pointer_projection = linear(config.decoder_width)
     self.decoder = InterleavedDecoder(config, compute)
     self.pose_token = self.param(
       "pose_token", nn.initializers.zeros, (config.decoder_width,)
@@ -108,8 +113,9 @@ class Point3R(nn.Module):
       config.encoder_width + config.decoder_width,
       config.encoder_width,
       compute.dtype,
+      result=jnp.float32,
     )
-    self.value_projection = Linear(config.encoder_width, compute.dtype)
+    self.value_projection = linear(config.encoder_width)
 
   def encode(self, images: jax.Array) -> jax.Array:
     """Encodes frames, each by itself.
@@ -178,7 +184,7 @@ class Point3R(nn.Module):
     """Runs the decoders; at a first frame the pointers are the frame's own."""
     config, first = self.config, context.first
     num_tokens, capacity = tokens.shape[1], context.feature.shape[1]
-    image = self.image_projection(tokens).astype(jnp.float32)
+    image = self.image_projection(tokens)
     image = jnp.concatenate([pose_query[:, None], image], axis=1)
     # Matrix units and kernels like token counts in blocks.
     padding = -image.shape[1] % self.compute.token_block
@@ -186,7 +192,7 @@ class Point3R(nn.Module):
     if padding:
       length = jnp.full(image.shape[:1], image.shape[1], jnp.int32)
       image = jnp.pad(image, ((0, 0), (0, padding), (0, 0)))
-    own = self.pointer_projection(tokens).astype(jnp.float32)
+    own = self.pointer_projection(tokens)
     own = jnp.pad(own, ((0, 0), (0, capacity - num_tokens), (0, 0)))
     pointers = jnp.where(first[:, None, None], own, context.feature)
     count = jnp.where(first, num_tokens, context.count)
@@ -225,10 +231,8 @@ class Point3R(nn.Module):
     )
     key = self.key_head(jnp.concatenate([tokens, decoded], axis=-1))
     value = self.value_projection(self.value_encoder(points_world))
-    feature = self.pointer_projection(
-      key.astype(jnp.float32) + value.astype(jnp.float32)
-    )
+    feature = self.pointer_projection(key + value)
     batch, patch = tokens.shape[0], self.config.patch_size
     patches = points_world.reshape(batch, grid[0], patch, grid[1], patch, 3)
     position = patches.mean(axis=(2, 4)).reshape(batch, -1, 3)
-    return position, feature.astype(jnp.float32)
+    return position, feature

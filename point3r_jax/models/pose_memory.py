@@ -27,7 +27,7 @@ class PoseMemory(nn.Module):
       "slots", zeros, (self.config.pose_slots, 2 * width)
     )
     self.masked_token = self.param("masked_token", zeros, (width,))
-    self.projection = Linear(width, self.compute.dtype)
+    self.projection = Linear(width, self.compute.dtype, result=jnp.float32)
     sizes = (self.config.decoder_heads, self.config.mlp_ratio, self.compute)
     block = self.compute.remat_block(DecoderBlock)
     self.read_blocks = [block(*sizes) for _ in range(_DEPTH)]
@@ -35,8 +35,7 @@ class PoseMemory(nn.Module):
 
   def _pair(self, summary: jax.Array, token: jax.Array) -> jax.Array:
     """Joins a frame's summary (B, E) and a token (B, D) to (B, 1, 2D)."""
-    projected = self.projection(summary).astype(jnp.float32)
-    return jnp.concatenate([projected, token], axis=-1)[:, None]
+    return jnp.concatenate([self.projection(summary), token], axis=-1)[:, None]
 
   def inquire(self, summary: jax.Array, slots: jax.Array) -> jax.Array:
     """Asks the slots for a pose token.
@@ -50,7 +49,10 @@ class PoseMemory(nn.Module):
     """
     width = self.config.decoder_width
     blank = jnp.broadcast_to(self.masked_token, (summary.shape[0], width))
-    x = self._pair(summary, blank)
+    # Alike tokens attend to each other as one does to itself. Products with one
+    # row would take many kernels.
+    copies = -(-self.compute.token_block // summary.shape[0])
+    x = jnp.repeat(self._pair(summary, blank), copies, axis=1)
     for block in self.read_blocks:
       x = block(x, slots)
     return x[:, 0, width:]
