@@ -9,12 +9,12 @@ parameters; one GPU, no data. Scenes are rendered where the model is trained.
   python train.py --config configs/synthetic_tiny.py:long \
     --workdir runs/long --config.init_from runs/views
 
-On one H200 the stages take 2, 6 and 5 minutes (110, 250 and 420 ms a step, with
-rendering; seed 0) and a minute each to compile. This gave the checkpoint `tiny`:
-on 64 sequences of 24 frames of the test split depth is off by 11.8 % (one scale
-for a sequence; the same depth everywhere: 48 %), paths by 6.0 % of their length.
-Losses of different steps do not compare: they are in units of the mean distance
-of those points that the model trusts.
+On one H200 the stages take 2, 6 and 5 minutes (115, 245 and 421 ms a step with
+its rendering, medians; seed 0) and a minute each to compile. This gave the
+checkpoint `tiny`: on 64 sequences of 24 frames of the test split depth is off
+by 11.8 % (one scale for a sequence; the same depth everywhere: 48 %), paths by
+6.0 % of their length. Losses of different steps do not compare: they are in
+units of the mean distance of those points that the model trusts.
 
 Without a GPU, loader processes render as fast as the device:
 `--config.render_on_devices=False`.

@@ -145,7 +145,7 @@ class StreamPrograms:
       run = jax.jit(run, donate_argnums=1)
       return _compile(run.lower(params, memory, frame))
 
-    return self._submit((capacity, dtype), capacity, compile_step)
+    return self._submit((capacity, dtype, unread), capacity, compile_step)
 
   def enlarge(
     self, before: int, capacity: int
@@ -186,7 +186,7 @@ class StreamPrograms:
       run = self._divide(encode, several)
       return _compile(jax.jit(run).lower(params, images))
 
-    return self._submit(("encoder", dtype), "encoder", compile_encoder)
+    return self._submit(("encoder", frames, dtype), "encoder", compile_encoder)
 
   def wait(self) -> None:
     """Returns once nothing is being compiled."""

@@ -4,6 +4,8 @@ import importlib.metadata
 import os
 import pathlib
 
+import pytest
+
 # Eight CPU devices are for meshes; all else runs on the first one.
 # Compile time is most of the suite's time, and most programs run a few times:
 # optimise little, and share compiled programs between workers and runs.
@@ -22,3 +24,21 @@ if _JAXLIB < (0, 11):
 _CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+
+_PROGRAMS = {}
+
+
+@pytest.fixture
+def shared_programs(monkeypatch):
+  """Streams of one kind take the programs of those before, in all tests."""
+  from point3r_jax import stream, stream_programs
+
+  def share(config, options, image_size, batch_size, devices=None):
+    kind = (config, options, tuple(image_size), batch_size)
+    key = (*kind, tuple(devices or ()))
+    if key not in _PROGRAMS:
+      _PROGRAMS[key] = stream_programs.StreamPrograms(*kind, devices)
+    return _PROGRAMS[key]
+
+  monkeypatch.setattr(stream, "StreamPrograms", share)

@@ -150,7 +150,7 @@ def test_all_datasets_that_are_missing_are_named_at_once(name):
 def test_the_synthetic_config_needs_nothing():
   config = load("synthetic_tiny", "seed=7", "views=3")
   mixture, step = make_mixture(config), make_step_config(config)
-  assert mixture.steps_per_epoch == step.steps_per_epoch == 200
+  assert mixture.steps_per_epoch == step.steps_per_epoch == 100
   assert (mixture.seed, mixture.views) == (7, 3)
   assert mixture.image_sizes == ((96, 128),)
   assert len(mixture.parts[0][0]) == 1_000_000
@@ -191,7 +191,7 @@ def test_what_is_not_in_the_config_is_an_error(argument, message):
     ("rollout.remat=all", "unknown remat 'all'"),
     ("model.preset=large", "unknown preset 'large'.*small"),
     ("optimizer.warmup_epochs=11.0", "warmup_epochs.*11.0 of 10"),
-    ("batch_size=51201", "51200 samples has no full batch of 51201"),
+    ("batch_size=25601", "25600 samples has no full batch of 25601"),
   ],
 )
 def test_values_without_meaning_are_named(argument, message):

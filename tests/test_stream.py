@@ -14,6 +14,16 @@ from tests import goldens, micro
 
 FRAMES = 6
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
+
+@pytest.fixture
+def own_programs(monkeypatch):
+  """For tests of what is compiled."""
+  monkeypatch.setattr(
+    stream_module, "StreamPrograms", stream_programs.StreamPrograms
+  )
+
 
 def images(frames=FRAMES):
   return micro.images(frames, 1)[:, 0]
@@ -57,7 +67,7 @@ def test_equals_scan_while_growing():
   chex.assert_trees_all_close(stream.memory, memory, atol=1e-5, rtol=1e-5)
 
 
-def test_what_gpus_are_given_is_the_same_function(monkeypatch):
+def test_what_gpus_are_given_is_the_same_function(own_programs, monkeypatch):
   """Options and layouts that are for GPUs are known, and change no result."""
   stream = make_stream()
   expected = [jax.device_get(stream(image)) for image in images(2)]
@@ -103,7 +113,7 @@ def test_streams_side_by_side_are_what_they_are_alone():
     together.append(jax.device_get(stream(images[frame])))
   assert stream.capacity >= stream.pointer_count == 4 * micro.TOKENS
 
-  alone = make_stream(capacity=4 * micro.TOKENS, fusion=False)
+  alone = make_stream(fusion=False)
   for sample, again in enumerate(anew):
     for frame in range(4):
       if frame == 0 or (again and frame == 2):
@@ -126,23 +136,26 @@ def test_streams_are_divided_equally():
     make_stream(batch_size=3, devices=jax.devices()[:2])
 
 
-def test_extend_is_one_call_after_the_other():
+@pytest.mark.parametrize(
+  "look_ahead", [pytest.param(1, marks=pytest.mark.slow), 4]
+)
+def test_extend_is_one_call_after_the_other(look_ahead):
   """Six images in fours: the last two fill half of what is encoded at once."""
   one_by_one = make_stream(capacity=micro.TOKENS, fusion=False)
   expected = [jax.device_get(one_by_one(image)) for image in images()]
-  for look_ahead in (1, 4):
-    stream = make_stream(
-      capacity=micro.TOKENS, fusion=False, look_ahead=look_ahead
-    )
-    found = jax.device_get(list(stream.extend(images())))
-    chex.assert_trees_all_close(found, expected, atol=1e-5, rtol=1e-5)
-    chex.assert_trees_all_close(
-      stream.memory, one_by_one.memory, atol=1e-5, rtol=1e-5
-    )
-    assert stream.frames == FRAMES
-    assert ("encoder" in stream.compile_seconds) == (look_ahead > 1)
+  stream = make_stream(
+    capacity=micro.TOKENS, fusion=False, look_ahead=look_ahead
+  )
+  found = jax.device_get(list(stream.extend(images())))
+  chex.assert_trees_all_close(found, expected, atol=1e-5, rtol=1e-5)
+  chex.assert_trees_all_close(
+    stream.memory, one_by_one.memory, atol=1e-5, rtol=1e-5
+  )
+  assert stream.frames == FRAMES
+  assert look_ahead == 1 or "encoder" in stream.compile_seconds
 
 
+@pytest.mark.slow
 def test_extend_takes_streams_on_several_devices():
   clip = micro.images(3, 2)
   stream = make_stream(batch_size=2, devices=jax.devices()[:2], look_ahead=2)
@@ -201,24 +214,22 @@ def test_a_memory_that_was_kept_goes_on_where_it_was():
     make_stream(capacity=12, max_capacity=12).memory = stream.memory
 
 
-def test_rows_that_are_not_read_hold_nothing(monkeypatch):
+def test_rows_that_are_not_read_hold_nothing(own_programs, monkeypatch):
   """Before each frame of a memory that can grow, a frame's rows are free."""
   seen = []
-  interact = stream_programs.interact_fn
+  step = stream_programs.step_fn
 
-  def spy(config, options, params, memory, tokens, grid, unread):
+  def spy(config, options, params, memory, image, unread):
     seen.append((memory.capacity, unread))
-    return interact(config, options, params, memory, tokens, grid, unread)
+    return step(config, options, params, memory, image, unread)
 
-  monkeypatch.setattr(stream_programs, "interact_fn", spy)
+  monkeypatch.setattr(stream_programs, "step_fn", spy)
   stream = make_stream(
-    capacity=micro.TOKENS,
-    max_capacity=128 + micro.TOKENS,
-    fusion=False,
-    look_ahead=2,
+    capacity=micro.TOKENS, max_capacity=128 + micro.TOKENS, fusion=False
   )
   before = []
-  for _ in stream.extend(np.concatenate([images()] * 5)):
+  for image in np.concatenate([images()] * 5):
+    stream(image)
     before.append((stream.capacity, stream.pointer_count - micro.TOKENS))
   unread = dict(seen)
   # Too small for it, large enough, and no longer able to grow.
@@ -240,7 +251,7 @@ def test_full_memory_warns_once_and_counts(caplog):
   assert "full at its maximal capacity of 12" in caplog.text
 
 
-def test_the_next_capacity_is_compiled_ahead():
+def test_the_next_capacity_is_compiled_ahead(own_programs):
   capacity = 8 * micro.TOKENS
   for ahead, compiled in ((0.5, 2), (1.0, 1)):
     stream = make_stream(capacity=capacity, fusion=False, compile_ahead=ahead)
@@ -313,9 +324,12 @@ def long_stream(model):
 @pytest.mark.parametrize(
   "model", ["micro", pytest.param("small", marks=pytest.mark.slow)]
 )
-def test_a_long_stream_compiles_once_per_capacity(monkeypatch, model):
+def test_a_long_stream_compiles_once_per_capacity(
+  own_programs, monkeypatch, model
+):
   """Traces are counted by chex, compilations by what JAX reports."""
   capacities = 3
+  chex.clear_trace_counter()
   counted = chex.assert_max_traces(stream_programs.step_fn, n=capacities)
   monkeypatch.setattr(stream_programs, "step_fn", counted)
   stream, clip, frames = long_stream(model)

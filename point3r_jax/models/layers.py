@@ -125,8 +125,8 @@ class Linear(nn.Module):
 def layer_norm(compute: Compute, name: str | None = None) -> nn.LayerNorm:
   """LayerNorm with ε = 1e-6 and an affine map, in and out of float32.
 
-  XLA turns this into one kernel on GPUs if the variance is E[(x − E[x])²]. With
-  a backward pass to come, E[x²] − E[x]² takes fewer; the error is far below that
+  XLA makes this one kernel on GPUs if the variance is E[(x − E[x])²]. With a
+  backward pass to come, E[x²] − E[x]² takes fewer; its error is far below that
   of rounded products.
   """
   return nn.LayerNorm(

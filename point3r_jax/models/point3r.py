@@ -96,9 +96,7 @@ class Point3R(nn.Module):
     }
     self.encoder = VisionTransformer(depth=config.encoder_depth, **encoder)
     self.value_encoder = VisionTransformer(depth=config.value_depth, **encoder)
-    linear = functools.partial(
-      Linear, dtype=compute.dtype, result=jnp.float32
-    )
+    linear = functools.partial(Linear, dtype=compute.dtype, result=jnp.float32)
     self.image_projection = linear(config.decoder_width)
     self.pointer_projection = linear(config.decoder_width)
     self.decoder = InterleavedDecoder(config, compute)

@@ -19,6 +19,8 @@ from tests import micro
 from tests.evaluation import trees
 
 ROOT = pathlib.Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 HEIGHT, WIDTH = micro.IMAGE_SIZE
 SCENES = ["sequences=3", "frames=4", f"height={HEIGHT}", f"width={WIDTH}"]
 
@@ -148,6 +150,7 @@ def test_another_model_is_refused_unless_told_to(
   assert after["last_depth/abs_rel"] == before["last_depth/abs_rel"]
 
 
+@pytest.mark.slow
 def test_without_rotary_is_another_model_and_says_so(
   evaluated, checkpoint, tmp_path
 ):
@@ -230,6 +233,7 @@ def test_options_are_listed(tmp_path, capsys):
   assert options["alignments"] == ["median"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_complete_sequences(checkpoint, tmp_path):
   output = tmp_path / "out"
   command = [sys.executable, ROOT / "evaluate.py", "--dataset", "synthetic"]

@@ -24,6 +24,9 @@ from point3r_jax.export.scene import OUTPUTS
 from tests import micro
 
 ROOT = pathlib.Path(__file__).parents[2]
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 SIZE = 64  # The micro model's; photos of 128×96 become 64×48.
 
 
@@ -324,7 +327,10 @@ def test_weights_that_give_no_camera_are_an_error(tmp_path, photos, capsys):
   assert "not finite" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("frames", "interrupts"), [(0, 3), (20, 1)])
+@pytest.mark.parametrize(
+  ("frames", "interrupts"),
+  [pytest.param(0, 3, marks=pytest.mark.slow), (20, 1)],
+)
 def test_ctrl_c_leaves_a_complete_set_of_files(
   checkpoint, tmp_path, frames, interrupts
 ):

@@ -74,7 +74,9 @@ def test_resumes_at_any_step():
       assert len(rest) == 6 - step
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+  "workers", [pytest.param(1, marks=pytest.mark.slow), 2]
+)
 def test_workers_give_the_same_and_end(workers):
   dataset = make_dataset(TinySource(length=50))
   want = list(read(dataset, start_step=1))
