@@ -27,8 +27,9 @@ random ones spread over a kilometre, among them one where the camera is. Fusion
 compares distances with a twentieth of that, so that all pointers of a frame
 fuse into the one nearby, whatever the weights; "pointers" says the least and
 the most that were counted. Nothing else differs from a live stream: same step,
-same fusion, memory donated from frame to frame. The room for pointers is what a
-stream that grew to so many has. Random weights predict noise, but run as long.
+same fusion, memory donated from frame to frame. There is room for as many
+pointers as in a stream that grew to so many with its frames taken in the same
+way. Random weights predict noise, but run as long.
 
 Peak memory is the process's, weights and compilation included: for that ask for
 one case a call. `--tiny` runs on a CPU in a minute.
@@ -128,10 +129,13 @@ def open_stream(
   model: tuple[ModelConfig, dict],
   flags: argparse.Namespace,
   streams: int,
+  under_way: int = 1,
 ) -> Stream:
   """Returns a stream in whose memory the wanted number of pointers stays."""
   config, params = model
-  capacity = flags.capacity or live_capacity(config, flags.size, flags.pointers)
+  capacity = flags.capacity or live_capacity(
+    config, flags.size, flags.pointers, under_way
+  )
   stream = Stream(
     config,
     params,
@@ -252,7 +256,8 @@ def _timed(stream: Stream, flags: argparse.Namespace, measures: dict) -> dict:
 
 
 def _latency(model, flags) -> dict:
-  return _timed(open_stream(model, flags, 1), flags, {"": time_frames})
+  stream = open_stream(model, flags, 1, under_way=0)
+  return _timed(stream, flags, {"": time_frames})
 
 
 def _throughput(model, flags) -> dict:

@@ -20,15 +20,18 @@ REACH = 1000.0
 
 
 def live_capacity(
-  config: ModelConfig, image_size: tuple[int, int], pointers: int
+  config: ModelConfig,
+  image_size: tuple[int, int],
+  pointers: int,
+  under_way: int,
 ) -> int:
   """Returns room that a stream that grew to so many pointers has.
 
-  That is for the next frame's and those of one under way.
+  That is for those of the next frame and of so many frames under way.
   """
   height, width = config.grid(image_size)
   capacity = default_capacity(config, image_size)
-  while capacity < pointers + 2 * height * width:
+  while capacity < pointers + (under_way + 1) * height * width:
     capacity = next_capacity(capacity, height * width)
   return capacity
 
