@@ -174,6 +174,20 @@ class Mlp(nn.Module):
     )(x)
 
 
+def _projection(compute: Compute, width: int) -> Linear:
+  """Returns the last map of an attention, to be added to a residual."""
+  return Linear(
+    width, compute.dtype, result=compute.sum_dtype, name="projection"
+  )
+
+
+def _mlp(compute: Compute, ratio: int, width: int) -> Mlp:
+  """Returns the MLP of a block, to be added to a residual."""
+  return Mlp(
+    ratio * width, width, compute.dtype, result=compute.sum_dtype, name="mlp"
+  )
+
+
 class SelfAttention(nn.Module):
   """Multi-head self-attention with a fused query-key-value projection."""
 
@@ -203,12 +217,7 @@ class SelfAttention(nn.Module):
     query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
     query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
     x = attention(query, key, value, length, self.compute.attention)
-    return Linear(
-      width,
-      self.compute.dtype,
-      result=self.compute.sum_dtype,
-      name="projection",
-    )(x.reshape(batch, tokens, width))
+    return _projection(self.compute, width)(x.reshape(batch, tokens, width))
 
 
 class CrossAttention(nn.Module):
@@ -248,12 +257,7 @@ class CrossAttention(nn.Module):
     key = apply_rotary(project(context, "key"), context_rotary)
     value = project(context, "value")
     y = attention(query, key, value, context_length, self.compute.attention)
-    return Linear(
-      width,
-      self.compute.dtype,
-      result=self.compute.sum_dtype,
-      name="projection",
-    )(y.reshape(x.shape))
+    return _projection(self.compute, width)(y.reshape(x.shape))
 
 
 class EncoderBlock(nn.Module):
@@ -271,13 +275,8 @@ class EncoderBlock(nn.Module):
     x = x + SelfAttention(self.heads, self.compute, name="attention")(
       layer_norm(self.compute, "attention_norm")(x), rotary
     )
-    return x + Mlp(
-      self.mlp_ratio * x.shape[-1],
-      x.shape[-1],
-      self.compute.dtype,
-      result=self.compute.sum_dtype,
-      name="mlp",
-    )(layer_norm(self.compute, "mlp_norm")(x))
+    mlp = _mlp(self.compute, self.mlp_ratio, x.shape[-1])
+    return x + mlp(layer_norm(self.compute, "mlp_norm")(x))
 
 
 class DecoderBlock(nn.Module):
@@ -320,13 +319,8 @@ class DecoderBlock(nn.Module):
       context_rotary,
       context_length,
     )
-    return x + Mlp(
-      self.mlp_ratio * x.shape[-1],
-      x.shape[-1],
-      self.compute.dtype,
-      result=self.compute.sum_dtype,
-      name="mlp",
-    )(layer_norm(self.compute, "mlp_norm")(x))
+    mlp = _mlp(self.compute, self.mlp_ratio, x.shape[-1])
+    return x + mlp(layer_norm(self.compute, "mlp_norm")(x))
 
 
 class ModulatedNorm(nn.Module):
@@ -367,11 +361,4 @@ class ModulatedBlock(nn.Module):
       normed, rotary
     )
     normed = ModulatedNorm(self.compute, name="mlp_norm")(x, condition)
-    width = x.shape[-1]
-    return x + Mlp(
-      self.mlp_ratio * width,
-      width,
-      self.compute.dtype,
-      result=self.compute.sum_dtype,
-      name="mlp",
-    )(normed)
+    return x + _mlp(self.compute, self.mlp_ratio, x.shape[-1])(normed)
