@@ -145,7 +145,15 @@ def test_outputs_agree_with_the_model(checkpoint, photos, tmp_path):
   assert memory.count[0] == summary["pointers"][-1]
 
 
-@pytest.mark.parametrize("suffix", ["mp4", "mkv", "mov", "webm"])
+@pytest.mark.parametrize(
+  "suffix",
+  [
+    "mp4",
+    pytest.param("mkv", marks=pytest.mark.slow),
+    pytest.param("mov", marks=pytest.mark.slow),
+    "webm",
+  ],
+)
 def test_videos(checkpoint, tmp_path, suffix):
   path = tmp_path / f"clip.{suffix}"
   if suffix == "webm":

@@ -18,7 +18,7 @@ from tests import goldens
 SMALL, FULL = 2e-5, 1e-4
 FILES = [
   ("small_landscape", SMALL),
-  ("small_portrait", SMALL),
+  pytest.param("small_portrait", SMALL, marks=pytest.mark.slow),
   ("small_long", SMALL),
   ("small_nofusion", SMALL),
   pytest.param("full_224", FULL, marks=pytest.mark.slow),
