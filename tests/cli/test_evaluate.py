@@ -19,6 +19,7 @@ from tests import micro
 from tests.evaluation import trees
 
 ROOT = pathlib.Path(__file__).parents[2]
+
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
 HEIGHT, WIDTH = micro.IMAGE_SIZE
