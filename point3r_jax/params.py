@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
+import flax.struct
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
@@ -175,3 +176,46 @@ def unstack_layers(params: dict) -> dict:
     }
 
   return {**params, **{n: unstack(params[n], *rest) for n, *rest in _STACKS}}
+
+
+@flax.struct.dataclass
+class JoinedParams:
+  """Parameters in fewer arrays: a program is called faster with fewer.
+
+  Attributes:
+    others: nested dictionary, without the norms' vectors.
+    norms: (n, …) each, the norms' vectors of one shape.
+    paths: of each array in `norms`, where its n vectors belong.
+  """
+
+  others: dict
+  norms: tuple[jax.Array, ...]
+  paths: tuple[tuple[tuple[str, ...], ...], ...] = flax.struct.field(
+    pytree_node=False
+  )
+
+  def split(self) -> dict:
+    """Returns the nested dictionary of all; for use where one traces."""
+    flat = flax.traverse_util.flatten_dict(self.others)
+    for paths, vectors in zip(self.paths, self.norms, strict=True):
+      flat |= zip(paths, vectors, strict=True)
+    return flax.traverse_util.unflatten_dict(flat)
+
+
+def join_norms(params: Mapping[str, Any]) -> JoinedParams:
+  """Joins the vectors of all norms, on the host: a quarter of all arrays.
+
+  A GPU's kernels that normalise read them where they are. Biases of linear maps
+  are better left alone: for products they would be copied out every frame.
+  """
+  flat = flax.traverse_util.flatten_dict(params)
+  groups = {}
+  for path, leaf in flat.items():
+    if path[-2:-1] and path[-2].endswith("norm"):
+      groups.setdefault(leaf.shape, []).append(path)
+  norms = tuple(
+    np.stack([np.asarray(flat.pop(path)) for path in paths])
+    for paths in groups.values()
+  )
+  others = flax.traverse_util.unflatten_dict(flat)
+  return JoinedParams(others, norms, tuple(map(tuple, groups.values())))

@@ -176,6 +176,7 @@ class Stream:
       config, self.options, self.image_size, batch_size, devices
     )
     self._memory = self._programs.init_memory(capacity)
+    self._last = self._programs.init_prediction()
     if max_capacity is not None and max_capacity < self.capacity:
       raise ValueError(
         f"max_capacity {max_capacity} is below the first capacity "
@@ -343,7 +344,10 @@ class Stream:
     """Takes an image of a type or, if that is None, an encoded frame."""
     self._make_room(dtype)
     step = self._step(self.capacity, dtype).result()
-    self._memory, prediction = step(self._params, self._memory, frame)
+    self._memory, self._last = step(
+      self._params, self._memory, self._last, frame
+    )
+    prediction = self._programs.copy(self._last)
     self._counts.add(prediction)
     self.frames += 1
     return prediction

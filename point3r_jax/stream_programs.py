@@ -9,21 +9,25 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from point3r_jax.config import ModelConfig
 from point3r_jax.memory import PointerMemory, grow, init_memory
+from point3r_jax.params import JoinedParams, join_norms
 from point3r_jax.streaming import (
   Prediction,
   StepOptions,
+  empty_prediction,
   encode_fn,
   interact_fn,
   step_fn,
 )
 
-# (params, memory, frame) → (memory, prediction); the memory is donated.
+# (params, memory, last prediction, frame) → (memory, prediction); memory and
+# last prediction are donated. What is where it was needs no new CUDA graph.
 Step = Callable[..., tuple[PointerMemory, Prediction]]
 
 # The mesh's axis, along which streams are divided among devices.
@@ -61,10 +65,12 @@ class StreamPrograms:
     split: how arrays with a leading axis of B live on several devices; None: on
       the default device.
     seconds: that programs took to compile: by capacity, and the "encoder".
+    copy: copies a prediction, whose buffers the next step takes over.
   """
 
   split: NamedSharding | None
   seconds: dict[int | str, float]
+  copy: Callable[[Prediction], Prediction]
 
   def __init__(
     self,
@@ -94,13 +100,17 @@ class StreamPrograms:
       )
       self.split = NamedSharding(mesh, PartitionSpec(_AXIS))
     self.seconds = {}
+    self.copy = jax.jit(
+      functools.partial(jax.tree.map, jnp.copy), out_shardings=self.split
+    )
     self._futures = {}
     self._executor = concurrent.futures.ThreadPoolExecutor(1, "compile-ahead")
 
-  def put(self, params: dict) -> dict:
+  def put(self, params: dict) -> JoinedParams:
     """Moves parameters to where the programs want them, and as they do."""
     everywhere = self.split and NamedSharding(self.split.mesh, PartitionSpec())
-    return jax.tree.map(_arrange, jax.device_put(params, everywhere))
+    joined = jax.device_put(join_norms(params), everywhere)
+    return jax.tree.map(_arrange, joined)
 
   def init_memory(self, capacity: int | None) -> PointerMemory:
     """Returns an empty memory; see `memory.init_memory`."""
@@ -109,13 +119,22 @@ class StreamPrograms:
     )
     return jax.device_put(memory, self.split) if self.split else memory
 
+  def init_prediction(self) -> Prediction:
+    """Returns buffers for the first step's prediction."""
+    prediction = empty_prediction(self._options, self._image_shape)
+    return jax.device_put(prediction, self.split) if self.split else prediction
+
   def memory_shapes(self, capacity: int) -> PointerMemory:
     """Returns the memory of a capacity, as shapes with shardings."""
     shapes = jax.eval_shape(lambda: self.init_memory(capacity))
     return jax.tree.map(lambda x: self._array(x.shape, x.dtype), shapes)
 
   def step(
-    self, params: dict, capacity: int, dtype: np.dtype | None, unread: int
+    self,
+    params: JoinedParams,
+    capacity: int,
+    dtype: np.dtype | None,
+    unread: int,
   ) -> concurrent.futures.Future[Step]:
     """Returns the step for a capacity, compiled or being compiled.
 
@@ -138,12 +157,19 @@ class StreamPrograms:
         step_fn, self._config, self._options, unread=unread
       )
 
+    def step(params, memory, last, frame):
+      del last  # Its buffers are for the new prediction.
+      return program(params.split(), memory, frame)
+
     def compile_step():
       memory = self.memory_shapes(capacity)
-      streams = PartitionSpec(_AXIS)
-      run = self._divide(program, streams, streams)
-      run = jax.jit(run, donate_argnums=1)
-      return _compile(run.lower(params, memory, frame))
+      last = jax.tree.map(
+        lambda x: self._array(x.shape, x.dtype),
+        jax.eval_shape(self.init_prediction),
+      )
+      run = self._divide(step, *3 * [PartitionSpec(_AXIS)])
+      run = jax.jit(run, donate_argnums=(1, 2), keep_unused=True)
+      return _compile(run.lower(params, memory, last, frame))
 
     return self._submit((capacity, dtype, unread), capacity, compile_step)
 
@@ -159,7 +185,7 @@ class StreamPrograms:
     return self._submit((before, "to", capacity), None, compile_enlarge)
 
   def encoder(
-    self, params: dict, frames: int, dtype: np.dtype
+    self, params: JoinedParams, frames: int, dtype: np.dtype
   ) -> concurrent.futures.Future[Callable[..., tuple[jax.Array, ...]]]:
     """Returns the encoder of so many frames at once.
 
@@ -172,7 +198,7 @@ class StreamPrograms:
       tokens = encode_fn(
         self._config,
         self._options,
-        params,
+        params.split(),
         images.reshape(-1, *images.shape[2:]),
       )
       return tuple(tokens.reshape(*images.shape[:2], *tokens.shape[1:]))

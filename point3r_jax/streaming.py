@@ -94,6 +94,26 @@ class StepOptions:
       )
 
 
+def empty_prediction(
+  options: StepOptions, image_shape: tuple[int, int, int, int]
+) -> Prediction:
+  """Returns zeros in the shapes of what images (B, H, W, 3) give."""
+  batch, *image_size, _ = image_shape
+
+  def maps(wanted):
+    points = jnp.zeros((batch, *image_size, 3))
+    return (points, points[..., 0]) if wanted else (None, None)
+
+  camera, world = (maps(options.heads in ("both", x)) for x in HEADS[1:])
+  return Prediction(
+    *camera,
+    *world,
+    pose=jnp.zeros((batch, 7)),
+    pointer_count=jnp.zeros((batch,), jnp.int32),
+    overflow=jnp.zeros((batch,), jnp.int32),
+  )
+
+
 def build_model(config: ModelConfig, options: StepOptions) -> Point3R:
   """Returns the network that runs under these options."""
   return Point3R(

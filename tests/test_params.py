@@ -10,6 +10,7 @@ import point3r_jax as p3r
 from point3r_jax.params import (
   cast_params,
   flat_shapes,
+  join_norms,
   param_shapes,
   stack_layers,
   unstack_layers,
@@ -68,6 +69,16 @@ def test_layouts_of_layers_are_inverse(host):
   leaf = stacked["encoder"]["blocks"]["mlp"]["hidden"]["kernel"]
   assert isinstance(leaf, np.ndarray if host else jax.Array)
   chex.assert_trees_all_equal(unstack_layers(stacked), params)
+
+
+def test_norms_are_joined_and_split_again():
+  params = micro.params()
+  joined = join_norms(params)
+  count = len(jax.tree.leaves(params))
+  norms = sum(map(len, joined.paths))
+  assert norms > count / 5
+  assert len(jax.tree.leaves(joined)) == count - norms + len(joined.norms)
+  chex.assert_trees_all_equal(jax.jit(lambda x: x.split())(joined), params)
 
 
 def test_fresh_parameters_come_in_the_layout_of_the_config():
