@@ -64,8 +64,7 @@ def test_fresh_parameters_depend_on_the_seed_only():
 def test_layouts_of_layers_are_inverse(host):
   params = jax.tree.map(np.asarray if host else jnp.asarray, micro.params())
   stacked = stack_layers(params)
-  config = micro.CONFIG.replace(scan_layers=True)
-  chex.assert_trees_all_equal_shapes(stacked, param_shapes(config))
+  chex.assert_trees_all_equal_shapes(stacked, param_shapes(micro.SCANNED))
   leaf = stacked["encoder"]["blocks"]["mlp"]["hidden"]["kernel"]
   assert isinstance(leaf, np.ndarray if host else jax.Array)
   chex.assert_trees_all_equal(unstack_layers(stacked), params)
@@ -82,9 +81,8 @@ def test_norms_are_joined_and_split_again():
 
 
 def test_fresh_parameters_come_in_the_layout_of_the_config():
-  config = micro.CONFIG.replace(scan_layers=True)
   chex.assert_trees_all_equal(
-    p3r.init_params(config), stack_layers(p3r.init_params(micro.CONFIG))
+    p3r.init_params(micro.SCANNED), stack_layers(p3r.init_params(micro.CONFIG))
   )
 
 

@@ -26,7 +26,6 @@ from tests import micro
 from tests.training.test_checkpointing import make_state
 
 ROOT = pathlib.Path(__file__).parents[1]
-SCANNED = micro.CONFIG.replace(scan_layers=True)
 CONFIG = {"image_sizes": [[96, 128]], "init_from": ""}
 LAST = 500
 
@@ -57,7 +56,7 @@ def stages(tmp_path_factory):
   """Two runs: of one is left what it noted down, the other is complete."""
   folder = tmp_path_factory.mktemp("runs")
   pairs, long = folder / "pairs", folder / "long"
-  Checkpoints(pairs, SCANNED, metadata={"config": CONFIG}).close()
+  Checkpoints(pairs, micro.SCANNED, metadata={"config": CONFIG}).close()
   shutil.rmtree(pairs / "checkpoints")
   log(pairs, [20, 40], overflow=np.nan)
   stacked = stack_layers(host(micro.params()))
@@ -65,7 +64,7 @@ def stages(tmp_path_factory):
   # The moving average is of what is trained alone.
   ema = {"key_head": host(stacked["key_head"], seed=3)}
   state = state.replace(params=stacked, ema=ema)
-  with Checkpoints(long, SCANNED, metadata={"config": CONFIG}) as run:
+  with Checkpoints(long, micro.SCANNED, metadata={"config": CONFIG}) as run:
     run.save(state, {"config": CONFIG | {"init_from": "pairs"}})
   log(long, range(1, LAST + 10), frames_per_s=7.0)
   return [str(pairs), str(long)]
@@ -172,7 +171,7 @@ def test_a_package_without_any(package):
 
 
 def test_training_starts_from_a_name(tiny):
-  params, lines = initial_params(SCANNED, "tiny", seed=0)
+  params, lines = initial_params(micro.SCANNED, "tiny", seed=0)
   chex.assert_trees_all_equal(params, stack_layers(rounded(micro.params())))
   assert lines == ["parameters: from the checkpoint tiny"]
 

@@ -36,7 +36,9 @@ def make_stream(**options):
   """Opens a stream; it compiles what it needs only, unless told otherwise."""
   options = {"compile_ahead": 1.0, **options}
   OPEN.append(
-    p3r.Stream(micro.CONFIG, micro.params(), micro.IMAGE_SIZE, **options)
+    p3r.Stream(
+      micro.SCANNED, micro.scanned_params(), micro.IMAGE_SIZE, **options
+    )
   )
   return OPEN[-1]
 
@@ -56,9 +58,9 @@ def test_equals_scan_while_growing():
   assert stream.pointer_count == FRAMES * micro.TOKENS
   assert stream.overflow == 0
   memory, expected = p3r.scan(
-    micro.CONFIG,
-    micro.params(),
-    p3r.init_memory(micro.CONFIG, 1, micro.IMAGE_SIZE, stream.capacity),
+    micro.SCANNED,
+    micro.scanned_params(),
+    p3r.init_memory(micro.SCANNED, 1, micro.IMAGE_SIZE, stream.capacity),
     images()[:, None],
     fusion=False,
   )

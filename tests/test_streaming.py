@@ -17,13 +17,13 @@ FRAMES, CAPACITY = 4, 4 * micro.TOKENS
 
 
 def new_memory(batch=1, capacity=CAPACITY):
-  return p3r.init_memory(micro.CONFIG, batch, micro.IMAGE_SIZE, capacity)
+  return p3r.init_memory(micro.SCANNED, batch, micro.IMAGE_SIZE, capacity)
 
 
-def run(images, params=None, memory=None, config=micro.CONFIG, **options):
+def run(images, params=None, memory=None, config=micro.SCANNED, **options):
   """Steps through images (T, B, …): one small program for each option set."""
   memory = new_memory(images.shape[1]) if memory is None else memory
-  params = micro.params() if params is None else params
+  params = micro.scanned_params() if params is None else params
   predictions = []
   for image in images:
     memory, prediction = p3r.step(config, params, memory, image, **options)
@@ -33,7 +33,9 @@ def run(images, params=None, memory=None, config=micro.CONFIG, **options):
 
 def scan(images, resets):
   memory = new_memory(images.shape[1])
-  return p3r.scan(micro.CONFIG, micro.params(), memory, images, resets=resets)
+  return p3r.scan(
+    micro.SCANNED, micro.scanned_params(), memory, images, resets=resets
+  )
 
 
 def assert_close(x, y, atol=1e-5):
@@ -140,9 +142,9 @@ def test_heads_choose_what_is_computed():
 
   def flops(heads):
     lowered = streaming._step.lower(
-      micro.CONFIG,
+      micro.SCANNED,
       p3r.StepOptions(heads=heads),
-      micro.params(),
+      micro.scanned_params(),
       new_memory(),
       images[0],
     )
@@ -159,8 +161,8 @@ def encode(config, params, images):
 
 def test_uint8_images_are_normalised_on_the_device():
   images = micro.images(1, 2)[0]
-  expected = encode(micro.CONFIG, micro.params(), images / 127.5 - 1)
-  tokens = encode(micro.CONFIG, micro.params(), images)
+  expected = encode(micro.SCANNED, micro.scanned_params(), images / 127.5 - 1)
+  tokens = encode(micro.SCANNED, micro.scanned_params(), images)
   assert_close(tokens, expected)
 
 
@@ -179,7 +181,7 @@ def test_bfloat16_is_close_and_the_same_with_cast_params():
   _, rounded = run(images, precision="bfloat16")
   _, cast = run(
     images,
-    params=cast_params(micro.params(), "bfloat16"),
+    params=cast_params(micro.scanned_params(), "bfloat16"),
     precision="bfloat16",
   )
   chex.assert_trees_all_equal(rounded, cast)
@@ -198,7 +200,7 @@ def test_scan_traces_once(monkeypatch):
   for seed in range(3):
     images = micro.images(2, 1, seed)
     memory, _ = p3r.scan(
-      micro.CONFIG, micro.params(), memory, images, heads="world"
+      micro.SCANNED, micro.scanned_params(), memory, images, heads="world"
     )
   assert memory.frame[0] == 6
 
@@ -249,7 +251,9 @@ def test_lowers_for_accelerators(platform, attention, precision):
 def test_bad_input_is_refused(change, message):
   images = change.pop("images", np.zeros((1, 32, 48, 3), np.uint8))
   with pytest.raises(ValueError, match=message):
-    p3r.step(micro.CONFIG, micro.params(), new_memory(), images, **change)
+    p3r.step(
+      micro.SCANNED, micro.scanned_params(), new_memory(), images, **change
+    )
 
 
 def test_resets_of_another_shape_are_refused():

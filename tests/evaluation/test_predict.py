@@ -44,8 +44,8 @@ def make_stream():
   def make(image_size, lanes):
     if lanes not in made:
       made[lanes] = p3r.Stream(
-        micro.CONFIG,
-        micro.params(),
+        micro.SCANNED,
+        micro.scanned_params(),
         image_size,
         batch_size=lanes,
         devices=jax.devices()[:2] if lanes == 4 else None,

@@ -12,7 +12,7 @@ from tests import micro
 
 def step_config(step=None, **rollout) -> StepConfig:
   return StepConfig(
-    model=micro.CONFIG.replace(scan_layers=True),
+    model=micro.SCANNED,
     rollout=RolloutOptions(
       StepOptions(precision="float32", **(step or {})), sizes=1, **rollout
     ),

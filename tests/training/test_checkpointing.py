@@ -130,7 +130,7 @@ def test_other_meshes(tmp_path):
 
 def test_evaluation_reads_parameters_alone(tmp_path):
   """Of a run with scanned layers, most of them frozen."""
-  model = micro.CONFIG.replace(scan_layers=True)
+  model = micro.SCANNED
   params = stack_layers(jax.tree.map(np.asarray, micro.params()))
   freeze = ("encoder", "value", "decoder", "image", "camera", "world", "pose_")
   _, state = make_state(params, 3, freeze=freeze, ema_decay=0.9)

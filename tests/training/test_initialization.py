@@ -13,12 +13,10 @@ from point3r_jax.training.initialization import initial_params
 from tests import goldens, micro
 from tests.convert.test_convert import dust3r
 
-SCANNED = micro.CONFIG.replace(scan_layers=True)
-
 
 def test_nothing():
-  params, lines = initial_params(SCANNED, "", seed=3)
-  chex.assert_trees_all_equal(params, p3r.init_params(SCANNED, seed=3))
+  params, lines = initial_params(micro.SCANNED, "", seed=3)
+  chex.assert_trees_all_equal(params, p3r.init_params(micro.SCANNED, seed=3))
   assert "seed 3" in lines[0]
 
 
@@ -27,7 +25,7 @@ def test_checkpoint_of_another_type_layout_and_image_size(tmp_path):
     lambda x: np.asarray(x, ml_dtypes.bfloat16), micro.params()
   )
   p3r.save_checkpoint(tmp_path / "model", micro.CONFIG, stored)
-  model = SCANNED.replace(image_size=224, rotary_bases=(100.0,))
+  model = micro.SCANNED.replace(image_size=224, rotary_bases=(100.0,))
   params, lines = initial_params(model, str(tmp_path / "model"), seed=0)
   expected = jax.tree.map(lambda x: x.astype(np.float32), stored)
   chex.assert_trees_all_equal(params, stack_layers(expected))

@@ -19,7 +19,7 @@ from point3r_jax.training.optimizer import split_frozen
 from point3r_jax.training.rollout import RolloutOptions, rollout, segments
 from tests import goldens, micro
 
-CONFIG = micro.CONFIG.replace(scan_layers=True)
+CONFIG = micro.SCANNED
 STEP = StepOptions(precision="float32")
 
 
