@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
+import os
 import queue
 import threading
 import time
@@ -14,7 +16,7 @@ import jax
 import numpy as np
 
 from point3r_jax.data.frames import Frame, prefetch
-from point3r_jax.export.scene import FrameResult, SceneWriter
+from point3r_jax.export.scene import FrameResult, PreparedFrame, SceneWriter
 from point3r_jax.geometry import (
   estimate_focal,
   intrinsics_matrix,
@@ -24,7 +26,9 @@ from point3r_jax.stream import Stream
 from point3r_jax.streaming import Prediction
 
 # Frames between the device and the disk: enough to keep both busy.
-_IN_FLIGHT = 4
+_IN_FLIGHT = 8
+# Frames whose maps are compressed side by side.
+_PREPARING = min(4, os.cpu_count() or 1)
 
 
 @dataclasses.dataclass
@@ -68,7 +72,7 @@ def _summarise(prediction: Prediction) -> dict[str, jax.Array | None]:
 
 
 class _Writer:
-  """A thread that waits for results and writes them, in order."""
+  """Threads that wait for results and write them, in order."""
 
   def __init__(
     self,
@@ -80,6 +84,8 @@ class _Writer:
     self._progress = progress
     self._report = report
     self._error = None
+    self._frames = 0
+    self._pool = concurrent.futures.ThreadPoolExecutor(_PREPARING, "prepare")
     self._work = queue.Queue(_IN_FLIGHT)
     self._last = time.perf_counter()
     self._thread = threading.Thread(target=self._run, name="writer")
@@ -91,33 +97,42 @@ class _Writer:
       raise self._error
     for array in jax.tree.leaves(result):
       array.copy_to_host_async()
-    self._work.put((frame, result))
+    prepared = self._pool.submit(self._prepare, self._frames, frame, result)
+    self._work.put((prepared, result))
+    self._frames += 1
 
   def close(self) -> None:
     """Waits until all is written; raises what writing raised."""
     self._work.put(None)
     self._thread.join()
+    self._pool.shutdown()
     if self._error:
       raise self._error
 
+  def _prepare(self, number: int, frame: Frame, result: dict) -> PreparedFrame:
+    names = {field.name for field in dataclasses.fields(FrameResult)}
+    host = {
+      name: None if result[name] is None else np.asarray(result[name])
+      for name in names
+    }
+    return self._scene.prepare(number, frame, FrameResult(**host))
+
   def _run(self) -> None:
     while item := self._work.get():
-      if self._error:
-        continue  # Keep taking, so that `put` never waits for ever.
+      prepared, result = item
       try:
-        self._write(*item)
-      except Exception as error:  # Raised in the main thread.
-        self._error = error
+        if self._error:  # Keep taking, so that `put` never waits for ever.
+          self._scene.discard(prepared.result())
+        else:
+          self._commit(prepared.result(), result)
+      except Exception as error:  # The first is raised in the main thread.
+        self._error = self._error or error
 
-  def _write(self, frame: Frame, result: dict) -> None:
-    host = {
-      key: None if x is None else np.asarray(x) for key, x in result.items()
-    }
-    pointers, overflow = host.pop("pointer_count"), host.pop("overflow")
-    self._scene.write(frame, FrameResult(**host))
+  def _commit(self, prepared: PreparedFrame, result: dict) -> None:
+    self._scene.commit(prepared)
     now = time.perf_counter()
-    self._progress.pointers.append(int(pointers))
-    self._progress.overflow = int(overflow)
+    self._progress.pointers.append(int(result["pointer_count"]))
+    self._progress.overflow = int(result["overflow"])
     self._progress.seconds.append(now - self._last)
     self._last = now
     self._report(self._progress)

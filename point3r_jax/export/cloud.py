@@ -1,5 +1,7 @@
 """One averaged coloured point a voxel, in bounded memory."""
 
+import collections
+import concurrent.futures
 import dataclasses
 import logging
 from collections.abc import Sequence
@@ -15,6 +17,10 @@ _PARENT_BITS = _ONES * (_HALF - 1)  # All but the highest bit of each index.
 _PARENT_SHIFT = _ONES * (_HALF // 2)
 
 _AUTOMATIC_CELLS = 500
+
+# Buffers that are averaged side by side, in threads: NumPy sorts and sums
+# without holding the interpreter.
+_AVERAGING = 2
 
 _logger = logging.getLogger(__name__)
 
@@ -83,16 +89,21 @@ def _average(
   Returns:
     A voxel for each distinct key.
   """
-  # Asking for the indices too makes NumPy sort with its stable kind, which
-  # profits from the ascending runs of keys along an image row.
-  unique, _, group = np.unique(key, return_index=True, return_inverse=True)
-  total = np.bincount(group, count)
+  # The stable kind profits from the ascending runs of keys along an image row.
+  order = np.argsort(key, kind="stable")
+  key = key[order]
+  first = np.flatnonzero(np.diff(key, prepend=key[0] - 1))
+  if count is None:
+    total = np.diff(first, append=len(key))
+  else:
+    count = count[order]
+    total = np.add.reduceat(count, first)
   means = []
   for channel in channels:
-    weighted = channel if count is None else channel * count
-    mean = np.bincount(group, weighted) / total
-    means.append(mean.astype(np.float32))
-  return _Voxels(unique, total.astype(np.int64), means)
+    ordered = channel[order] if count is None else channel[order] * count
+    sums = np.add.reduceat(ordered, first, dtype=np.float64)
+    means.append((sums / total).astype(np.float32))
+  return _Voxels(key[first], total.astype(np.int64), means)
 
 
 def _fold(held: _Voxels, new: _Voxels) -> _Voxels:
@@ -143,6 +154,33 @@ def _parent_keys(key: np.ndarray) -> np.ndarray:
   return ((key >> 1) & _PARENT_BITS) + _PARENT_SHIFT
 
 
+class _Averaged(NamedTuple):
+  """A buffer's voxels, and what has none."""
+
+  voxels: _Voxels | None
+  non_finite: int
+  out_of_range: int
+
+
+def _average_frames(
+  frames: Sequence[tuple[np.ndarray, np.ndarray]], voxel_size: float
+) -> _Averaged:
+  """Averages the points and colours (N, 3) of frames."""
+  channels = np.empty((6, sum(len(points) for points, _ in frames)), np.float32)
+  np.concatenate([points.T for points, _ in frames], axis=1, out=channels[:3])
+  np.concatenate([colors.T for _, colors in frames], axis=1, out=channels[3:])
+  finite = np.isfinite(channels[:3]).all(axis=0)
+  channels = _select(channels, finite)
+  cells = np.floor(channels[:3].astype(np.float64) / voxel_size)
+  inside = ((cells >= -_HALF) & (cells < _HALF)).all(axis=0)
+  key = _pack(_select(cells, inside).astype(np.int64))
+  return _Averaged(
+    _average(key, _select(channels, inside)) if len(key) else None,
+    int(np.count_nonzero(~finite)),
+    int(np.count_nonzero(~inside)),
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class CloudSummary:
   """What a cloud holds and what it left out.
@@ -170,9 +208,9 @@ class VoxelCloud:
 
   Position and colour of a voxel are the plain means over all points that fell
   into it. Points wait in a buffer, so that several frames share the cost of
-  sorting them into a large cloud. When more than `max_points` voxels are
-  occupied, the voxels double in size (the cells nest, so means remain means of
-  all their points) until no more than that are.
+  sorting them into a large cloud; that is done in the background. When more
+  than `max_points` voxels are occupied, the voxels double in size (the cells
+  nest, so means remain means of all their points) until no more than that are.
 
   The result does not depend on the order of frames, except through an automatic
   voxel size and through points beyond the range of the voxels of the moment.
@@ -193,7 +231,7 @@ class VoxelCloud:
         the origin never merge). Each takes 40 bytes, up to 150 for the moment
         in which the voxels double.
       buffer_points: Points buffered before they are sorted into the cloud.
-        Each takes 32 bytes.
+        Each takes 15 bytes, and 150 while two buffers are sorted.
     """
     voxel_size = voxel_size or None
     if voxel_size is not None and not 0 < voxel_size < np.inf:
@@ -206,6 +244,11 @@ class VoxelCloud:
     self._voxels: _Voxels | None = None
     self._buffer: list[tuple[np.ndarray, np.ndarray]] = []
     self._buffered = 0
+    self._pool = concurrent.futures.ThreadPoolExecutor(_AVERAGING, "voxels")
+    # Doublings when a buffer was handed over, and what becomes of it.
+    self._averaging: collections.deque[
+      tuple[int, concurrent.futures.Future[_Averaged]]
+    ] = collections.deque()
     self._doublings = 0
     self._added = self._non_finite = self._out_of_range = 0
 
@@ -223,35 +266,50 @@ class VoxelCloud:
       )
     if colors.dtype != np.uint8:
       raise ValueError(f"Colours must be uint8, not {colors.dtype}.")
-    channels = np.empty((6, points.size // 3), np.float32)
-    channels[:3] = points.reshape(-1, 3).T
-    channels[3:] = colors.reshape(-1, 3).T
-    self._added += channels.shape[1]
-    finite = np.isfinite(channels[:3]).all(axis=0)
-    self._non_finite += int(np.count_nonzero(~finite))
-    channels = _select(channels, finite)
-    if not channels.size:
-      return
+    points = points.reshape(-1, 3).astype(np.float32)
+    self._added += len(points)
     if self._voxel_size is None:
-      self._voxel_size = automatic_voxel_size(channels[:3].T)
+      finite = points[np.isfinite(points).all(axis=1)]
+      if not len(finite):
+        self._non_finite += len(points)
+        return
+      self._voxel_size = automatic_voxel_size(finite)
       _logger.info("Automatic voxel size: %.4g.", self._voxel_size)
-    cells = np.floor(channels[:3].astype(np.float64) / self._voxel_size)
-    inside = ((cells >= -_HALF) & (cells < _HALF)).all(axis=0)
-    self._out_of_range += int(np.count_nonzero(~inside))
-    key = _pack(_select(cells, inside).astype(np.int64))
-    self._buffer.append((key, _select(channels, inside)))
-    self._buffered += len(key)
+    self._buffer.append((points, colors.reshape(-1, 3).copy()))
+    self._buffered += len(points)
     if self._buffered >= self._buffer_points:
-      self._compact()
+      self._hand_over()
+      self._fold_in(_AVERAGING)
 
-  def _compact(self) -> None:
-    """Sorts the buffer into the cloud and keeps the cloud in its bound."""
+  def _hand_over(self) -> None:
+    """Has the buffer averaged in the background."""
     if self._buffered:
-      keys, channels = zip(*self._buffer, strict=True)
+      work = self._pool.submit(_average_frames, self._buffer, self._voxel_size)
+      self._averaging.append((self._doublings, work))
       self._buffer, self._buffered = [], 0
-      new = _average(np.concatenate(keys), np.concatenate(channels, axis=1))
+
+  def _fold_in(self, unfinished: int) -> None:
+    """Takes averaged buffers into the cloud, in order, but for so many."""
+    while len(self._averaging) > unfinished:
+      doublings, work = self._averaging.popleft()
+      new, non_finite, out_of_range = work.result()
+      self._non_finite += non_finite
+      self._out_of_range += out_of_range
+      if new is None:
+        continue
+      for _ in range(self._doublings - doublings):
+        new = _average(_parent_keys(new.key), new.means, new.count)
       self._voxels = _fold(self._voxels, new) if self._voxels else new
-    while self._voxels and len(self._voxels.key) > self._max_points:
+      self._keep_bound()
+
+  def _complete(self) -> None:
+    """Takes all points into the cloud."""
+    self._hand_over()
+    self._fold_in(0)
+
+  def _keep_bound(self) -> None:
+    """Doubles the voxels until there are few enough."""
+    while len(self._voxels.key) > self._max_points:
       before = len(self._voxels.key)
       key, count, means = self._voxels
       self._voxels = _average(_parent_keys(key), means, count)
@@ -273,7 +331,7 @@ class VoxelCloud:
       (N, 3) float32 mean positions and (N, 3) uint8 mean colours, RGB, rounded;
       in a fixed order given by their voxels.
     """
-    self._compact()
+    self._complete()
     if not self._voxels:
       return np.zeros((0, 3), np.float32), np.zeros((0, 3), np.uint8)
     points = np.stack(self._voxels.means[:3], axis=1)
@@ -282,7 +340,7 @@ class VoxelCloud:
 
   def summary(self) -> CloudSummary:
     """Returns what the cloud holds and what it left out so far."""
-    self._compact()
+    self._complete()
     return CloudSummary(
       points=len(self._voxels.key) if self._voxels else 0,
       voxel_size=self._voxel_size,

@@ -95,6 +95,7 @@ def test_doubling_is_logged(caplog):
   points = np.arange(27).reshape(9, 3).astype(np.float32)
   with caplog.at_level(logging.WARNING):
     voxels.add(points, np.zeros((9, 3), np.uint8))
+    voxels.summary()
   assert "voxel size doubled to 2" in caplog.text
 
 
