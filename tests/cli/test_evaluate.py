@@ -15,6 +15,7 @@ import pytest
 import point3r_jax as p3r
 from point3r_jax.cli.evaluate import main
 from point3r_jax.evaluation import runner
+from point3r_jax.evaluation.report import plots
 from tests import micro
 from tests.evaluation import trees
 
@@ -79,7 +80,13 @@ def test_made_up_scenes_need_no_data(evaluated, capsys):
 
 
 @pytest.fixture
-def copied(evaluated, tmp_path):
+def no_plots(monkeypatch):
+  """Plots take longer than all else; `evaluated` has drawn them once."""
+  monkeypatch.setattr(plots, "to_svg", lambda *_: "<svg></svg>")
+
+
+@pytest.fixture
+def copied(evaluated, tmp_path, no_plots):
   output = tmp_path / "out"
   subprocess.run(["cp", "-r", evaluated, output], check=True)
   return output
@@ -165,7 +172,9 @@ def test_without_rotary_is_another_model_and_says_so(
   assert found["abs_rel"] != usual["abs_rel"]
 
 
-def test_published_protocol_on_a_miniature(checkpoint, tmp_path, capsys):
+def test_published_protocol_on_a_miniature(
+  checkpoint, tmp_path, capsys, no_plots
+):
   """Video depth, batched, with a sequence that is broken."""
   names = ["alley_1", "cave_2", "temple_2"]
   data = tmp_path / "data"
