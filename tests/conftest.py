@@ -1,5 +1,6 @@
 """Test-wide settings, made before JAX starts."""
 
+import functools
 import importlib.metadata
 import os
 import pathlib
@@ -43,3 +44,16 @@ def shared_programs(monkeypatch):
     return _PROGRAMS[key]
 
   monkeypatch.setattr(stream, "StreamPrograms", share)
+
+
+@pytest.fixture(scope="module")
+def checkpoints_read_once():
+  """Reading one takes as long as a small run, and is tested elsewhere."""
+  from point3r_jax.cli import reconstruct
+  from point3r_jax.evaluation import runner
+
+  with pytest.MonkeyPatch.context() as patch:
+    for module in (reconstruct, runner):
+      cached = functools.cache(module.load_checkpoint)
+      patch.setattr(module, "load_checkpoint", cached)
+    yield

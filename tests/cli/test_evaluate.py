@@ -21,7 +21,7 @@ from tests.evaluation import trees
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-pytestmark = pytest.mark.usefixtures("shared_programs")
+pytestmark = pytest.mark.usefixtures("shared_programs", "checkpoints_read_once")
 
 HEIGHT, WIDTH = micro.IMAGE_SIZE
 SCENES = ["sequences=3", "frames=4", f"height={HEIGHT}", f"width={WIDTH}"]

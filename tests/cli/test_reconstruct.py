@@ -25,7 +25,7 @@ from tests import micro
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-pytestmark = pytest.mark.usefixtures("shared_programs")
+pytestmark = pytest.mark.usefixtures("shared_programs", "checkpoints_read_once")
 
 SIZE = 64  # The micro model's; photos of 128×96 become 64×48.
 
