@@ -70,6 +70,15 @@ def check_params(config: ModelConfig, params: Mapping[str, Any]) -> None:
   """Raises CheckpointError unless the tree is just what the config needs."""
   want = flat_shapes(param_shapes(config))
   have = flat_shapes(params)
+  if want == have:
+    return
+  other = config.replace(scan_layers=not config.scan_layers)
+  if flat_shapes(param_shapes(other)) == have:
+    raise CheckpointError(
+      f"the layers of the parameters are {'' if other.scan_layers else 'not '}"
+      f"stacked, but the model config has scan_layers={config.scan_layers}; "
+      f"make that {other.scan_layers}"
+    )
   problems = {
     "missing": sorted(set(want) - set(have)),
     "unexpected": sorted(set(have) - set(want)),
@@ -79,10 +88,9 @@ def check_params(config: ModelConfig, params: Mapping[str, Any]) -> None:
       if want[name] != have[name]
     ],
   }
-  if any(problems.values()):
-    raise CheckpointError(
-      f"parameters do not fit the model config: {list_problems(problems)}"
-    )
+  raise CheckpointError(
+    f"parameters do not fit the model config: {list_problems(problems)}"
+  )
 
 
 def save_checkpoint(

@@ -75,6 +75,18 @@ def test_incomplete_parameters_are_refused(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+  ("config", "params", "message"),
+  [
+    (micro.CONFIG, micro.scanned_params, "are stacked.*make that True"),
+    (micro.SCANNED, micro.params, "are not stacked.*make that False"),
+  ],
+)
+def test_the_other_layout_of_layers_is_named(tmp_path, config, params, message):
+  with pytest.raises(p3r.CheckpointError, match=message):
+    p3r.save_checkpoint(tmp_path / "model", config, params())
+
+
 def test_parameters_of_another_config_are_refused(checkpoint):
   path = checkpoint / "config.json"
   contents = json.loads(path.read_text())
