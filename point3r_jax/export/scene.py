@@ -227,7 +227,7 @@ class SceneWriter:
     points = colors = None
     if self._cloud:
       mask = confidence_mask(result.confidence_world, self._options.percentile)
-      # By index: NumPy takes three times as long through a mask.
+      # By index: NumPy takes ten times as long through a mask.
       chosen = np.flatnonzero(mask)
       points = result.points_world.reshape(-1, 3).take(chosen, axis=0)
       colors = frame.image.reshape(-1, 3).take(chosen, axis=0)
