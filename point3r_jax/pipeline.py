@@ -98,7 +98,7 @@ class _Writer:
     for array in jax.tree.leaves(result):
       array.copy_to_host_async()
     prepared = self._pool.submit(self._prepare, self._frames, frame, result)
-    self._work.put((prepared, result))
+    self._work.put((prepared, result["pointer_count"], result["overflow"]))
     self._frames += 1
 
   def close(self) -> None:
@@ -110,29 +110,28 @@ class _Writer:
       raise self._error
 
   def _prepare(self, number: int, frame: Frame, result: dict) -> PreparedFrame:
-    names = {field.name for field in dataclasses.fields(FrameResult)}
-    host = {
-      name: None if result[name] is None else np.asarray(result[name])
-      for name in names
-    }
+    names = [field.name for field in dataclasses.fields(FrameResult)]
+    host = jax.tree.map(np.asarray, {name: result[name] for name in names})
     return self._scene.prepare(number, frame, FrameResult(**host))
 
   def _run(self) -> None:
     while item := self._work.get():
-      prepared, result = item
+      prepared, *counts = item
       try:
         if self._error:  # Keep taking, so that `put` never waits for ever.
           self._scene.discard(prepared.result())
         else:
-          self._commit(prepared.result(), result)
+          self._commit(prepared.result(), *counts)
       except Exception as error:  # The first is raised in the main thread.
         self._error = self._error or error
 
-  def _commit(self, prepared: PreparedFrame, result: dict) -> None:
+  def _commit(
+    self, prepared: PreparedFrame, pointers: jax.Array, overflow: jax.Array
+  ) -> None:
     self._scene.commit(prepared)
     now = time.perf_counter()
-    self._progress.pointers.append(int(result["pointer_count"]))
-    self._progress.overflow = int(result["overflow"])
+    self._progress.pointers.append(int(pointers))
+    self._progress.overflow = int(overflow)
     self._progress.seconds.append(now - self._last)
     self._last = now
     self._report(self._progress)

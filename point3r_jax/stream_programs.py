@@ -117,17 +117,15 @@ class StreamPrograms:
     memory = init_memory(
       self._config, self._image_shape[0], self._image_shape[1:3], capacity
     )
-    return jax.device_put(memory, self.split) if self.split else memory
+    return self._place(memory)
 
   def init_prediction(self) -> Prediction:
     """Returns buffers for the first step's prediction."""
-    prediction = empty_prediction(self._options, self._image_shape)
-    return jax.device_put(prediction, self.split) if self.split else prediction
+    return self._place(empty_prediction(self._options, self._image_shape))
 
   def memory_shapes(self, capacity: int) -> PointerMemory:
     """Returns the memory of a capacity, as shapes with shardings."""
-    shapes = jax.eval_shape(lambda: self.init_memory(capacity))
-    return jax.tree.map(lambda x: self._array(x.shape, x.dtype), shapes)
+    return self._shapes(lambda: self.init_memory(capacity))
 
   def step(
     self,
@@ -163,10 +161,7 @@ class StreamPrograms:
 
     def compile_step():
       memory = self.memory_shapes(capacity)
-      last = jax.tree.map(
-        lambda x: self._array(x.shape, x.dtype),
-        jax.eval_shape(self.init_prediction),
-      )
+      last = self._shapes(self.init_prediction)
       run = self._divide(step, *3 * [PartitionSpec(_AXIS)])
       run = jax.jit(run, donate_argnums=(1, 2), keep_unused=True)
       return _compile(run.lower(params, memory, last, frame))
@@ -217,6 +212,15 @@ class StreamPrograms:
   def wait(self) -> None:
     """Returns once nothing is being compiled."""
     concurrent.futures.wait(self._futures.values())
+
+  def _place(self, tree: Any) -> Any:
+    """Divides arrays with a leading axis of B among the devices."""
+    return jax.device_put(tree, self.split) if self.split else tree
+
+  def _shapes(self, make: Callable[[], Any]) -> Any:
+    """Returns what a function makes, as shapes with shardings."""
+    shapes = jax.eval_shape(make)
+    return jax.tree.map(lambda x: self._array(x.shape, x.dtype), shapes)
 
   def _array(self, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=self.split)

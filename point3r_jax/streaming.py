@@ -101,8 +101,9 @@ def empty_prediction(
   batch, *image_size, _ = image_shape
 
   def maps(wanted):
-    points = jnp.zeros((batch, *image_size, 3))
-    return (points, points[..., 0]) if wanted else (None, None)
+    if not wanted:
+      return None, None
+    return jnp.zeros((batch, *image_size, 3)), jnp.zeros((batch, *image_size))
 
   camera, world = (maps(options.heads in ("both", x)) for x in HEADS[1:])
   return Prediction(

@@ -93,11 +93,13 @@ def test_predictions_outlive_later_frames_whose_buffers_stay():
 
   stream = make_stream(capacity=FRAMES * micro.TOKENS)
   before = places()
-  first = stream(images()[0])
-  expected = jax.device_get(first)
-  counts = [int(stream(image).pointer_count[0]) for image in images()[1:]]
-  chex.assert_trees_all_equal(jax.device_get(first), expected)
-  assert counts == sorted(counts) and counts[0] > micro.TOKENS
+  predictions, expected = [], []
+  for image in images():
+    predictions.append(stream(image))
+    expected.append(jax.device_get(predictions[-1]))
+  chex.assert_trees_all_equal(jax.device_get(predictions), expected)
+  counts = [int(p.pointer_count[0]) for p in predictions]
+  assert counts[0] == micro.TOKENS and counts == sorted(counts)
   assert places() == before
 
 

@@ -231,7 +231,8 @@ class VoxelCloud:
         the origin never merge). Each takes 40 bytes, up to 150 for the moment
         in which the voxels double.
       buffer_points: Points buffered before they are sorted into the cloud.
-        Each takes 15 bytes, and 150 while two buffers are sorted.
+        Each takes 15 bytes, and 140 more while it is sorted, which two buffers
+        are at once.
     """
     voxel_size = voxel_size or None
     if voxel_size is not None and not 0 < voxel_size < np.inf:

@@ -176,15 +176,14 @@ class SceneWriter:
   """Writes the outputs; memory does not grow with the number of frames.
 
   Trajectory, cameras and maps are complete after every frame, the cloud when
-  the writer is closed. What takes time can be done for several frames at once,
-  by `prepare` in threads; then `commit` takes them in order.
+  the writer is closed. A frame is first prepared, which takes time and may be
+  done for several frames at once, and then committed, in order.
   """
 
   def __init__(self, directory: pathlib.Path, options: SceneOptions):
     """Starts the files in a folder that `prepare_folder` made."""
     self._directory = directory
     self._options = options
-    self._frames = 0
     self._depth_counts = _NO_COUNTS
     write = options.write
     self._cloud = self._trajectory = self._cameras = None
@@ -196,10 +195,6 @@ class SceneWriter:
       self._cameras = CameraWriter(directory / OUTPUTS["cameras"])
     for name in {"depth", "depth_npz", "confidence"} & set(write):
       (directory / OUTPUTS[name]).mkdir(exist_ok=True)
-
-  def write(self, frame: Frame, result: FrameResult) -> None:
-    """Writes the next frame; see `prepare` for its errors."""
-    self.commit(self.prepare(self._frames, frame, result))
 
   def prepare(
     self, number: int, frame: Frame, result: FrameResult
@@ -264,7 +259,6 @@ class SceneWriter:
           depth_file=prepared.depth_file,
         )
       )
-    self._frames += 1
 
   def discard(self, prepared: PreparedFrame) -> None:
     """Deletes the maps of a frame that will not be committed."""

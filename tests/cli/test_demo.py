@@ -60,7 +60,7 @@ def folders(tmp_path, walk):
       confidence_camera=None,
       intrinsics=np.asarray(intrinsics_matrix(focal, walk.image_size)),
     )
-    writer.write(frame, result)
+    writer.commit(writer.prepare(index, frame, result))
   writer.close(True)
   facts = {"pointers": [6] * FRAMES, "seconds_of_frames": [0.1] * FRAMES}
   write_summary(scene, {**facts, "overflow": 0})

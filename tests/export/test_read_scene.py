@@ -36,7 +36,7 @@ def write_scene(directory, frames=3, write=("scene", "cameras", "depth_npz")):
       index=index,
       timestamp=None,
     )
-    writer.write(frame, result)
+    writer.commit(writer.prepare(index, frame, result))
     results.append(result)
   writer.close(True)
   return results
