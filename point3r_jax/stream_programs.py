@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from point3r_jax.config import ModelConfig
 from point3r_jax.memory import PointerMemory, grow, init_memory
-from point3r_jax.params import JoinedParams, join_norms
+from point3r_jax.params import JoinedParams, join_vectors
 from point3r_jax.streaming import (
   Prediction,
   StepOptions,
@@ -109,7 +109,7 @@ class StreamPrograms:
   def put(self, params: dict) -> JoinedParams:
     """Moves parameters to where the programs want them, and as they do."""
     everywhere = self.split and NamedSharding(self.split.mesh, PartitionSpec())
-    joined = jax.device_put(join_norms(params), everywhere)
+    joined = jax.device_put(join_vectors(params), everywhere)
     return jax.tree.map(_arrange, joined)
 
   def init_memory(self, capacity: int | None) -> PointerMemory:

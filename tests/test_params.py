@@ -10,7 +10,7 @@ import point3r_jax as p3r
 from point3r_jax.params import (
   cast_params,
   flat_shapes,
-  join_norms,
+  join_vectors,
   param_shapes,
   stack_layers,
   unstack_layers,
@@ -70,13 +70,18 @@ def test_layouts_of_layers_are_inverse(host):
   chex.assert_trees_all_equal(unstack_layers(stacked), params)
 
 
-def test_norms_are_joined_and_split_again():
-  params = micro.params()
-  joined = join_norms(params)
+@pytest.mark.parametrize(
+  ("precision", "share"), [("float32", 0.2), ("bfloat16", 0.4)]
+)
+def test_vectors_are_joined_and_split_again(precision, share):
+  params = cast_params(micro.params(), precision)
+  joined = join_vectors(params)
   count = len(jax.tree.leaves(params))
-  norms = sum(map(len, joined.paths))
-  assert norms > count / 5
-  assert len(jax.tree.leaves(joined)) == count - norms + len(joined.norms)
+  vectors = sum(map(len, joined.paths))
+  assert vectors > share * count
+  left = count - vectors + len(joined.vectors)
+  assert len(jax.tree.leaves(joined)) == left
+  chex.assert_trees_all_equal_shapes_and_dtypes(joined.split(), params)
   chex.assert_trees_all_equal(jax.jit(lambda x: x.split())(joined), params)
 
 
