@@ -71,6 +71,10 @@ def make_config(case: str, flags: argparse.Namespace) -> ConfigDict:
   config.batch_size = (flags.batch or sequences) * jax.device_count()
   config.image_sizes = (image_size,)
   config.mesh.fsdp = flags.fsdp
+  if flags.cuda_graphs is not None:
+    config.cuda_graphs = flags.cuda_graphs
+  if flags.unrolled:
+    config.model.scan_layers = False
   for field in ("precision", "remat", "sizes"):
     if getattr(flags, field) is not None:
       config.rollout[field] = getattr(flags, field)
@@ -115,6 +119,8 @@ def measure(experiment: Experiment, flags: argparse.Namespace) -> dict:
     "views": config.views,
     "image_size": image_size,
     **{x: config.rollout[x] for x in ("precision", "remat", "sizes")},
+    "cuda_graphs": config.cuda_graphs,
+    "scan_layers": config.model.scan_layers,
     "ms_per_step": round(1e3 * seconds, 1),
     "ms_min_max": [round(1e3 * t, 1) for t in (min(times), max(times))],
     "frames_per_s": round(config.batch_size * config.views / seconds, 1),
@@ -137,6 +143,10 @@ def main() -> None:
   parser.add_argument("--precision", help="default: the stage's")
   parser.add_argument("--remat", help="default: the stage's")
   parser.add_argument("--sizes", type=int, help="default: the stage's")
+  parser.add_argument("--cuda_graphs", help="default: the stage's")
+  parser.add_argument(
+    "--unrolled", action="store_true", help="layers not scanned"
+  )
   parser.add_argument("--batch", type=int, help="sequences a device")
   parser.add_argument("--fsdp", type=int, default=1)
   parser.add_argument("--steps", type=int, default=20)

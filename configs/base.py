@@ -83,9 +83,9 @@ def get_config() -> ConfigDict:
   c.optimizer.freeze = ()
   c.optimizer.ema_decay = 0.0
 
-  # Launch the step as CUDA graphs: a gain for small models, a loss for large
-  # ones.
-  c.cuda_graphs = False
+  # What GPUs launch as CUDA graphs: "none", "bodies" of loops, "all". Measured:
+  # benchmarks/README.md.
+  c.cuda_graphs = "none"
 
   # The mesh: -1 takes the devices that the other axis leaves. `rules` are pairs
   # of an expression for a parameter's path and "fsdp" or "replicate".

@@ -204,9 +204,10 @@ def test_values_without_meaning_are_named(argument, message):
   [
     ("batch_size=12", "batch_size 12 does not divide over 8 devices"),
     ("mesh.fsdp=3", "fsdp=3 does not use 8 devices"),
+    ("cuda_graphs=loops", "cuda_graphs is 'loops'.*none, bodies, all"),
   ],
 )
-def test_batch_and_mesh_fit_the_devices(argument, message):
+def test_runs_fit_the_devices(argument, message):
   with pytest.raises(ConfigError, match=message):
     open_experiment(load("synthetic_tiny", argument))
 

@@ -49,16 +49,24 @@ _LEAST = {
   "rollout.capacity": 0,
   "optimizer.clip_norm": 1e-12,
 }
+# What of a step CUDA graphs hold: nothing, what lies between loops and in their
+# bodies, or loops as a whole, too.
+CUDA_GRAPHS = ("none", "bodies", "all")
 
 
 def _check(config: ConfigDict) -> None:
-  """Raises ConfigError for numbers without meaning."""
+  """Raises ConfigError for values without meaning."""
   for name, least in _LEAST.items():
     value = config
     for key in name.split("."):
       value = value[key]
     if value < least:
       raise ConfigError(f"config.{name} is {value}; it must be {least} or more")
+  if config.cuda_graphs not in CUDA_GRAPHS:
+    raise ConfigError(
+      f"config.cuda_graphs is {config.cuda_graphs!r}; it must be one of "
+      f"{', '.join(CUDA_GRAPHS)}"
+    )
   for size in config.image_sizes:
     if not isinstance(size, list | tuple) or len(size) != 2:
       raise ConfigError(

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from point3r_jax.data.errors import one_line
 from point3r_jax.params import param_shapes
 from point3r_jax.streaming import Prediction
-from point3r_jax.training.experiment import Experiment
+from point3r_jax.training.experiment import CUDA_GRAPHS, Experiment
 from point3r_jax.training.sharding import AXES, batch_sharding, replicated
 from point3r_jax.training.state import TrainState
 from point3r_jax.training.step import FLAGS, sequence_loss, train_step
@@ -22,23 +22,25 @@ from point3r_jax.training.step import FLAGS, sequence_loss, train_step
 # (T, H, W) of a batch's sequences.
 Shape = tuple[int, int, int]
 
-# All that a CUDA graph may hold but what crosses devices.
-_IN_GRAPHS = (
-  "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,WHILE,"
-  "DYNAMIC_SLICE_FUSION"
+# XLA's commands that CUDA graphs may hold, by a config's `cuda_graphs`. Where a
+# loop slices stacked layers, the slice is elsewhere in each turn: a graph that
+# held it would be written anew, unless the graph holds the loop.
+_BODIES = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL"
+_LOOPS = "CONDITIONAL,WHILE,DYNAMIC_SLICE_FUSION"
+_COMMANDS = dict(
+  zip(CUDA_GRAPHS, ("", _BODIES, f"{_BODIES},{_LOOPS}"), strict=True)
 )
 
 _log = logging.getLogger(__name__)
 
 
 def compiler_options(
-  cuda_graphs: bool = False,
+  cuda_graphs: str = "none",
 ) -> dict[str, bool | str] | None:
   """Returns XLA's options for training steps on the default device.
 
   Args:
-    cuda_graphs: on GPUs, launch the step as CUDA graphs. They save a small
-      model's launches, and cost a large one more than that.
+    cuda_graphs: what of a step GPUs launch as CUDA graphs, of `CUDA_GRAPHS`.
   """
   if jax.default_backend() != "gpu":
     return None
@@ -46,7 +48,7 @@ def compiler_options(
     # A step has hundreds of different matrix products: Triton would tune each
     # for longer than all else takes to compile.
     "xla_gpu_enable_triton_gemm": False,
-    "xla_gpu_enable_command_buffer": _IN_GRAPHS if cuda_graphs else "",
+    "xla_gpu_enable_command_buffer": _COMMANDS[cuda_graphs],
   }
 
 
