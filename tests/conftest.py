@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import logging
 import os
 import pathlib
 
@@ -29,6 +30,16 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
 _PROGRAMS = {}
+
+
+@pytest.fixture(autouse=True)
+def own_logging():
+  """Takes away what a program logs to: the test's stderr, which is closed."""
+  root = logging.getLogger()
+  before = set(root.handlers)
+  yield
+  for handler in set(root.handlers) - before:
+    root.removeHandler(handler)
 
 
 @pytest.fixture
