@@ -11,15 +11,15 @@ from collections.abc import Sequence
 
 import tqdm
 
-from point3r_jax.cli.common import INTERRUPTED, run, stop_on_interrupt
-from point3r_jax.data.errors import InputError
-from point3r_jax.precision import POLICIES
-
-# Flags that are options of `Stream`.
-_STREAM = (
-  *("precision", "fusion", "fusion_divisor", "rotary"),
-  *("capacity", "max_capacity"),
+from point3r_jax.cli.common import (
+  INTERRUPTED,
+  add_model_flags,
+  model_options,
+  run,
+  stop_on_interrupt,
 )
+from point3r_jax.data.errors import InputError
+
 _TASKS = ("mv_recon", "monodepth", "video_depth", "relpose", "synthetic")
 
 
@@ -63,39 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     help="replace predictions that were made with something else",
   )
 
-  model = parser.add_argument_group("model")
-  add = model.add_argument
-  add(
-    "--precision",
-    choices=sorted(POLICIES),
-    help="default: float32, as published",
-  )
+  add = add_model_flags(parser, precision="float32, as published")
   add(
     "--batch_size",
     type=int,
     default=4,
     help="sequences side by side (default: %(default)s)",
-  )
-  add("--capacity", type=int, help="pointers to have room for at the start")
-  add("--max_capacity", type=int, help="pointers never to exceed")
-  add(
-    "--no_fusion",
-    dest="fusion",
-    action="store_false",
-    default=None,
-    help="keep all pointers",
-  )
-  add(
-    "--fusion_divisor",
-    type=float,
-    help="the scene's extent over this is the fusion distance (default: 20)",
-  )
-  add(
-    "--no_rotary",
-    dest="rotary",
-    action="store_false",
-    default=None,
-    help="leave out the 3D rotary embedding: for models trained without it",
   )
   return parser
 
@@ -149,11 +122,7 @@ def _run(flags: argparse.Namespace) -> int:
     checkpoint=flags.checkpoint,
     ema=flags.ema,
     options=_overrides(flags.options),
-    stream={
-      name: getattr(flags, name)
-      for name in _STREAM
-      if getattr(flags, name) is not None
-    },
+    stream=model_options(flags),
     batch_size=flags.batch_size,
     allow_missing=flags.allow_missing,
     overwrite=flags.overwrite,

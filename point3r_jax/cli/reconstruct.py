@@ -15,7 +15,13 @@ import tqdm
 
 from point3r_jax import pretrained
 from point3r_jax.checkpoints import UNTRAINED, load_checkpoint, load_metadata
-from point3r_jax.cli.common import INTERRUPTED, run, stop_on_interrupt
+from point3r_jax.cli.common import (
+  INTERRUPTED,
+  add_model_flags,
+  model_options,
+  run,
+  stop_on_interrupt,
+)
 from point3r_jax.config import ModelConfig
 from point3r_jax.data.errors import InputError
 from point3r_jax.data.frames import FrameSource, open_frames
@@ -28,7 +34,7 @@ from point3r_jax.export.scene import (
   write_summary,
 )
 from point3r_jax.pipeline import Progress, reconstruct
-from point3r_jax.precision import POLICIES, get_precision
+from point3r_jax.precision import get_precision
 from point3r_jax.stream import Stream
 from point3r_jax.versions import installed_versions
 
@@ -92,27 +98,13 @@ def _parser() -> argparse.ArgumentParser:
     help="of the random order (default: %(default)s)",
   )
 
-  model = parser.add_argument_group("model")
-  add = model.add_argument
-  add(
-    "--precision",
-    choices=sorted(POLICIES),
-    help="default: float32 on a CPU, bfloat16 on accelerators",
+  add = add_model_flags(
+    parser, precision="float32 on a CPU, bfloat16 on accelerators"
   )
-  add("--capacity", type=int, help="pointers to have room for at the start")
-  add("--max_capacity", type=int, help="pointers never to exceed")
   add(
     "--look_ahead",
     type=int,
     help="images to encode at once (default: 8, but 1 on a CPU)",
-  )
-  add("--no_fusion", action="store_true", help="keep all pointers")
-  add(
-    "--fusion_divisor",
-    type=float,
-    default=20.0,
-    help="the scene's extent over this is the fusion distance "
-    "(default: %(default)s)",
   )
 
   scene = parser.add_argument_group("scene")
@@ -222,13 +214,9 @@ def _open_stream(
       config,
       params,
       frames.image_size,
-      capacity=flags.capacity,
-      max_capacity=flags.max_capacity,
       look_ahead=flags.look_ahead,
-      precision=flags.precision,
-      fusion=not flags.no_fusion,
-      fusion_divisor=flags.fusion_divisor,
       heads=_heads(flags.write),
+      **model_options(flags),
     )
   except ValueError as error:
     raise InputError(str(error)) from error

@@ -14,7 +14,6 @@ here together.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -46,6 +45,7 @@ from point3r_jax.checkpoints import (
 from point3r_jax.config import ModelConfig
 from point3r_jax.differences import differences
 from point3r_jax.training.state import TrainState
+from point3r_jax.versions import installed_versions
 
 _STATE = "state"
 # Names to show of each kind of problem; an optimiser has thousands.
@@ -56,7 +56,7 @@ _CAUSES = {
   _STATE: "The optimiser, what it accumulates or what is frozen",
   EMA: "What is frozen",
 }
-_PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
+_PACKAGES = ("point3r-jax", "jax", "flax", "optax", "orbax-checkpoint")
 
 
 class Checkpoints:
@@ -296,7 +296,7 @@ def _facts(state: TrainState, step: int) -> dict[str, Any]:
     "step": step,
     "processes": jax.process_count(),
     "mesh": dict(state.step.sharding.mesh.shape),
-    "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    "versions": installed_versions(*_PACKAGES),
   }
 
 
