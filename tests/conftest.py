@@ -29,9 +29,6 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
-_PROGRAMS = {}
-
-
 @pytest.fixture(autouse=True)
 def own_logging():
   """Takes away what a program logs to: the test's stderr, which is closed."""
@@ -40,6 +37,9 @@ def own_logging():
   yield
   for handler in set(root.handlers) - before:
     root.removeHandler(handler)
+
+
+_PROGRAMS = {}
 
 
 @pytest.fixture

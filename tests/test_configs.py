@@ -207,7 +207,7 @@ def test_values_without_meaning_are_named(argument, message):
     ("cuda_graphs=loops", "cuda_graphs is 'loops'.*none, bodies, all"),
   ],
 )
-def test_runs_fit_the_devices(argument, message):
+def test_runs_that_cannot_be_are_refused(argument, message):
   with pytest.raises(ConfigError, match=message):
     open_experiment(load("synthetic_tiny", argument))
 
