@@ -19,9 +19,10 @@ def _needs_a_gpu():
     pytest.skip("no GPU")
 
 
+@pytest.mark.parametrize("implementation", ["cudnn", "hopper"])
 @pytest.mark.parametrize("head_dim", [48, 64, 128])
 @pytest.mark.parametrize("lengths", [(1, 300), (512, 77), None])
-def test_cudnn_attention_equals_xla(head_dim, lengths):
+def test_attention_equals_xla(implementation, head_dim, lengths):
   keys = jax.random.split(jax.random.key(0), 3)
   shapes = [(2, 257, 4, head_dim)] + 2 * [(2, 512, 4, head_dim)]
   operands = [
@@ -32,13 +33,15 @@ def test_cudnn_attention_equals_xla(head_dim, lengths):
 
   def run(implementation):
     def total(*operands):
-      result = attention(*operands, length, implementation)
+      result = attention(
+        *operands, key_length=length, implementation=implementation
+      )
       return jnp.sum(result.astype(jnp.float32) ** 2), result
 
     gradient = jax.grad(total, argnums=(0, 1, 2), has_aux=True)
     return jax.jit(gradient)(*operands)
 
-  gradients, result = run("cudnn")
+  gradients, result = run(implementation)
   expected_gradients, expected = run("xla")
   chex.assert_tree_all_finite(gradients)
   np.testing.assert_allclose(
@@ -47,6 +50,36 @@ def test_cudnn_attention_equals_xla(head_dim, lengths):
   for x, y in zip(gradients, expected_gradients, strict=True):
     x, y = x.astype(np.float32), y.astype(np.float32)
     assert np.abs(x - y).max() < 0.05 * np.abs(y).max()
+
+
+@pytest.mark.parametrize("tokens", [1, 70, 192, 3072])
+@pytest.mark.parametrize("head_dim", [16, 48, 64])
+def test_hopper_attention_takes_lengths_of_both(tokens, head_dim):
+  """Few and many queries: blocks of two warpgroups and of three."""
+  shape = (2, tokens, 16, head_dim)
+  query, key, value = (
+    jax.random.normal(x, shape, jnp.bfloat16)
+    for x in jax.random.split(jax.random.key(0), 3)
+  )
+  lengths = jnp.array([tokens, -(-tokens // 3)], jnp.int32)
+  result = attention(
+    query,
+    key,
+    value,
+    query_length=lengths,
+    key_length=lengths[::-1],
+    implementation="hopper",
+  )
+  expected = attention(
+    query, key, value, key_length=lengths[::-1], implementation="xla"
+  )
+  chex.assert_tree_all_finite(result)
+  for sample, length in enumerate(lengths.tolist()):
+    np.testing.assert_allclose(
+      result[sample, :length].astype(np.float32),
+      expected[sample, :length].astype(np.float32),
+      atol=0.03,
+    )
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,7 @@ def test_scan_traces_once(monkeypatch):
   [
     ("cuda", "xla", "float32"),
     ("cuda", "xla", "bfloat16"),
+    ("cuda", "hopper", "bfloat16"),
     ("tpu", "xla", "float32"),
     ("tpu", "tpu", "bfloat16"),
   ],
@@ -232,6 +233,7 @@ def test_lowers_for_accelerators(platform, attention, precision):
   lowered = traced.lower(lowering_platforms=(platform,))
   text = lowered.as_text()
   assert ("tpu_custom_call" in text) == (attention == "tpu")
+  assert ("mosaic_gpu" in text) == (attention == "hopper")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-IMPLEMENTATIONS = ("auto", "xla", "cudnn", "tpu")
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "hopper", "tpu")
+
+# Channels of a head that GPUs' kernels take are multiples of these.
+_CUDNN_CHANNELS = 8
+_HOPPER_CHANNELS = 16
 
 # The TPU kernel works on blocks of this many tokens. JAX's cuDNN attention has
 # no gradient for odd numbers of tokens.
@@ -18,23 +22,30 @@ _TPU_BLOCK = 128
 _CUDNN_BLOCK = 2
 
 
-def _choose(query: jax.Array) -> str:
+def _choose(query: jax.Array, forward_only: bool) -> str:
   """Returns the kernel that suits the default device and these operands."""
-  backend = jax.default_backend()
+  backend, channels = jax.default_backend(), query.shape[-1]
   if backend == "tpu":
     return "tpu"
   half = query.dtype in (jnp.bfloat16, jnp.float16)
-  if backend == "gpu" and half and query.shape[-1] % 8 == 0:
-    return "cudnn"
-  return "xla"
+  if backend != "gpu" or not half or channels % _CUDNN_CHANNELS:
+    return "xla"
+  # Only CUDA devices have one.
+  capability = getattr(jax.devices()[0], "compute_capability", "")
+  if forward_only and capability == "9.0" and channels % _HOPPER_CHANNELS == 0:
+    return "hopper"
+  return "cudnn"
 
 
 def attention(
   query: jax.Array,
   key: jax.Array,
   value: jax.Array,
+  *,
+  query_length: jax.Array | None = None,
   key_length: jax.Array | None = None,
   implementation: str = "auto",
+  forward_only: bool = False,
 ) -> jax.Array:
   """Scaled dot-product attention with scale d^-0.5; softmax in float32.
 
@@ -42,12 +53,18 @@ def attention(
     query: (B, N, heads, d).
     key: (B, M, heads, d).
     value: (B, M, heads, d).
+    query_length: (B,) int32, the valid prefix of queries; None: all.
     key_length: (B,) int32, the valid prefix of keys, at least 1; None: all.
     implementation: "xla" (any type), "cudnn" (bfloat16 or float16, d a multiple
-      of 8), "tpu" (Pallas flash attention) or "auto" (by device and type).
+      of 8), "hopper" (a kernel of ours for these GPUs: the same types, d a
+      multiple of 16), "tpu" (Pallas flash attention) or "auto" (by device and
+      type).
+    forward_only: whether no derivative is to come, for "auto": that of
+      "hopper" is cuDNN's, which then runs its own forward pass, too.
 
   Returns:
-    (B, N, heads, d) in the query's type.
+    (B, N, heads, d) in the query's type; finite and without meaning beyond the
+    query's length.
 
   Raises:
     ValueError: for an unknown implementation.
@@ -60,7 +77,7 @@ def attention(
   if key.shape[1] == 1:
     return jnp.broadcast_to(value, query.shape)  # Softmax over one key is 1.
   if implementation == "auto":
-    implementation = _choose(query)
+    implementation = _choose(query, forward_only)
   if implementation == "xla":
     return jax.nn.dot_product_attention(
       query,
@@ -69,8 +86,14 @@ def attention(
       key_value_seq_lengths=key_length,
       implementation="xla",
     )
-  # The other kernels want whole blocks of tokens.
   num_queries, num_keys = query.shape[1], key.shape[1]
+  if implementation == "hopper":
+    if query_length is None:
+      query_length = jnp.full(query.shape[:1], num_queries, jnp.int32)
+    if key_length is None:
+      key_length = jnp.full(key.shape[:1], num_keys, jnp.int32)
+    return _hopper(query, key, value, query_length, key_length)
+  # The other kernels want whole blocks of tokens.
   block = {"cudnn": _CUDNN_BLOCK, "tpu": _TPU_BLOCK}[implementation]
   query, key, value = (_pad_tokens(x, block) for x in (query, key, value))
   if key_length is None and key.shape[1] != num_keys:
@@ -91,6 +114,31 @@ def attention(
 def _pad_tokens(x: jax.Array, block: int) -> jax.Array:
   """Pads (B, N, heads, d) with zeros to a multiple of `block` tokens."""
   return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0)))
+
+
+@jax.custom_vjp
+def _hopper(query, key, value, query_length, key_length):
+  """`hopper_attention` with the derivatives of cuDNN's attention."""
+  # JAX does not have it for all platforms.
+  from point3r_jax.models.hopper_attention import hopper_attention
+
+  return hopper_attention(query, key, value, query_length, key_length)
+
+
+def _hopper_forward(*operands):
+  return _hopper(*operands), operands
+
+
+def _hopper_backward(operands, gradient):
+  *operands, _, key_length = operands
+  _, pullback = jax.vjp(
+    lambda *x: attention(*x, key_length=key_length, implementation="cudnn"),
+    *operands,
+  )
+  return *pullback(gradient), None, None
+
+
+_hopper.defvjp(_hopper_forward, _hopper_backward)
 
 
 def _tpu_attention(

@@ -56,12 +56,36 @@ class Compute:
     return jnp.float32 if self.forward_only else self.dtype
 
   @property
+  def exact_gelu(self) -> bool:
+    """Whether GELUs are exact; see `gelu`."""
+    return not (self.forward_only and self.dtype == jnp.bfloat16)
+
+  @property
   def token_block(self) -> int:
     """Tokens of a stream come in multiples of this, the last ones padding.
 
     Products in 16 bits want eights; otherwise each would pad by itself.
     """
     return 1 if self.dtype == jnp.float32 else 8
+
+  def attend(
+    self,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    query_length: jax.Array | None,
+    key_length: jax.Array | None,
+  ) -> jax.Array:
+    """Runs `models.attention` as chosen; see there for the arguments."""
+    return attention(
+      query,
+      key,
+      value,
+      query_length=query_length,
+      key_length=key_length,
+      implementation=self.attention,
+      forward_only=self.forward_only,
+    )
 
   def remat_block(
     self, block: type[nn.Module], scanned: bool = False
@@ -137,17 +161,27 @@ def layer_norm(compute: Compute, name: str | None = None) -> nn.LayerNorm:
   )
 
 
-def gelu(x: jax.Array) -> jax.Array:
-  """Returns x·Φ(x), the exact GELU of any shape.
+def gelu(x: jax.Array, exact: bool = True) -> jax.Array:
+  """Returns x·Φ(x), the GELU of any shape, in x's type.
 
   By erf: `jax.nn.gelu` takes erfc, two polynomials where this takes one, to
   keep digits of values around 1e-7 that are added to larger ones here.
+
+  Args:
+    x: input; in 16 bits the exact GELU is computed in float32.
+    exact: False: its form with tanh, off by 5e-4 at most, which is what
+      rounding to bfloat16 does to larger values. cuBLAS has it within the
+      product before.
   """
-  return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
+  if not exact:
+    return jax.nn.gelu(x, approximate=True)
+  # Float32 costs nothing in the kernel that reads the product.
+  y = x.astype(jnp.float32)
+  return (0.5 * y * (1.0 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
 
 
 class Mlp(nn.Module):
-  """Linear, exact GELU, Linear.
+  """Linear, GELU, Linear.
 
   Attributes:
     hidden: channels between the two.
@@ -155,6 +189,7 @@ class Mlp(nn.Module):
     dtype: type of the products' operands.
     precision: see `Linear`.
     result: see `Linear`.
+    exact: see `gelu`.
   """
 
   hidden: int
@@ -162,13 +197,13 @@ class Mlp(nn.Module):
   dtype: jnp.dtype
   precision: str | None = None
   result: jnp.dtype | None = None
+  exact: bool = True
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps x (…, in) to (…, features)."""
     x = Linear(self.hidden, self.dtype, self.precision, name="hidden")(x)
-    # In float32, which costs nothing in the kernel that reads the product.
-    x = gelu(x.astype(jnp.float32)).astype(self.dtype)
+    x = gelu(x, self.exact)
     return Linear(
       self.features, self.dtype, self.precision, self.result, name="output"
     )(x)
@@ -184,7 +219,12 @@ def _projection(compute: Compute, width: int) -> Linear:
 def _mlp(compute: Compute, ratio: int, width: int) -> Mlp:
   """Returns the MLP of a block, to be added to a residual."""
   return Mlp(
-    ratio * width, width, compute.dtype, result=compute.sum_dtype, name="mlp"
+    ratio * width,
+    width,
+    compute.dtype,
+    result=compute.sum_dtype,
+    exact=compute.exact_gelu,
+    name="mlp",
   )
 
 
@@ -216,7 +256,7 @@ class SelfAttention(nn.Module):
     qkv = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
     query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
     query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
-    x = attention(query, key, value, length, self.compute.attention)
+    x = self.compute.attend(query, key, value, length, length)
     return _projection(self.compute, width)(x.reshape(batch, tokens, width))
 
 
@@ -233,6 +273,7 @@ class CrossAttention(nn.Module):
     context: jax.Array,
     rotary: RotaryTable | None = None,
     context_rotary: RotaryTable | None = None,
+    length: jax.Array | None = None,
     context_length: jax.Array | None = None,
   ) -> jax.Array:
     """Attends from x to the context.
@@ -242,6 +283,7 @@ class CrossAttention(nn.Module):
       context: (B, M, D) gives keys and values.
       rotary: table of the queries' positions, or None.
       context_rotary: table of the keys' positions, or None.
+      length: (B,) valid prefix of x, or None for all.
       context_length: (B,) valid prefix of the context, or None for all.
 
     Returns:
@@ -256,7 +298,7 @@ class CrossAttention(nn.Module):
     query = apply_rotary(project(x, "query"), rotary)
     key = apply_rotary(project(context, "key"), context_rotary)
     value = project(context, "value")
-    y = attention(query, key, value, context_length, self.compute.attention)
+    y = self.compute.attend(query, key, value, length, context_length)
     return _projection(self.compute, width)(y.reshape(x.shape))
 
 
@@ -317,6 +359,7 @@ class DecoderBlock(nn.Module):
       layer_norm(self.compute, "context_norm")(context),
       rotary,
       context_rotary,
+      length,
       context_length,
     )
     mlp = _mlp(self.compute, self.mlp_ratio, x.shape[-1])

@@ -112,6 +112,7 @@ class Point3R(nn.Module):
       config.encoder_width,
       compute.dtype,
       result=jnp.float32,
+      exact=compute.exact_gelu,
     )
     self.value_projection = linear(config.encoder_width)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from point3r_jax.models import dpt
+from point3r_jax.models import dpt, layers
 from point3r_jax.models.attention import attention
 from point3r_jax.models.encoder import patchify
 from point3r_jax.models.heads import point_map, pose_encoding
@@ -19,6 +19,7 @@ from point3r_jax.models.rotary import (
   rotary_3d,
   surround_by_identity,
 )
+from point3r_jax.precision import get_precision
 
 BASES = (10.0, 100.0, 1000.0, 10000.0)
 
@@ -139,8 +140,8 @@ def test_attention_is_softmax_over_the_valid_keys(implementation, lengths):
       query,
       key,
       value,
-      None if lengths is None else jnp.array(lengths, jnp.int32),
-      implementation,
+      key_length=lengths and jnp.array(lengths, jnp.int32),
+      implementation=implementation,
     )
   for b in range(2):
     valid = slice(0, 150 if lengths is None else lengths[b])
@@ -154,6 +155,30 @@ def test_attention_is_softmax_over_the_valid_keys(implementation, lengths):
 def test_unknown_attention_is_refused():
   with pytest.raises(ValueError, match="unknown attention"):
     attention(*jnp.zeros((3, 1, 2, 1, 8)), implementation="magic")
+
+
+def test_gelu_and_its_form_within_a_product():
+  x = jnp.linspace(-10, 10, 100_001)
+  exact = layers.gelu(x)
+  published = jax.nn.gelu(x, approximate=False)
+  np.testing.assert_allclose(exact, published, atol=2e-6)
+  np.testing.assert_allclose(layers.gelu(x, exact=False), exact, atol=5e-4)
+  half = layers.gelu(x.astype(jnp.bfloat16), exact=False)
+  assert half.dtype == jnp.bfloat16
+  np.testing.assert_allclose(half, exact, rtol=0.01, atol=5e-3)
+
+
+@pytest.mark.parametrize(
+  ("precision", "remat", "exact"),
+  [
+    ("float32", "none", True),
+    ("bfloat16", "none", False),
+    ("bfloat16", "elementwise", True),
+  ],
+)
+def test_training_and_float32_have_the_exact_gelu(precision, remat, exact):
+  compute = layers.Compute(get_precision(precision), remat=remat)
+  assert compute.exact_gelu == exact
 
 
 def test_activations():

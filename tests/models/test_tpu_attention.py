@@ -22,7 +22,10 @@ def gradient(implementation):
 
   def total(query, key, value, length):
     def frame(query, _):
-      return attention(query, key, value, length, implementation), None
+      result = attention(
+        query, key, value, key_length=length, implementation=implementation
+      )
+      return result, None
 
     with jax.default_matmul_precision("tensorfloat32"):
       return jnp.sum(jax.lax.scan(frame, query, length=2)[0] ** 3)

@@ -1,0 +1,212 @@
+"""Attention as one kernel for NVIDIA's Hopper GPUs (compute capability 9).
+
+Some warpgroups work on queries, one more fetches keys and values for them: what
+FlashAttention-3 (arXiv 2407.08608) and `pallas.ops.gpu.attention_mgpu` of JAX
+do, in its simplest form. Unlike cuDNN's kernel this one passes over queries,
+too, that are beyond a length, takes any number of tokens as it is, and needs no
+memory cleared before.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+# Queries of a warpgroup, keys of a step, steps whose keys are in flight.
+_QUERIES = 64
+_KEYS = 128
+_STAGES = 2
+# A block's warpgroups that compute → registers of their threads and of those
+# that fetch. More share the keys of a block; fewer make more blocks.
+_REGISTERS = {2: (232, 40), 3: (160, 32)}
+# Of the largest Hopper GPUs.
+_MULTIPROCESSORS = 132
+
+_TILE = plgpu.Layout.WGMMA
+_ROW = plgpu.Layout.WGMMA.reduce(1)
+
+
+def _kernel(
+  query_length,
+  key_length,
+  query,
+  key,
+  value,
+  output,
+  *,
+  query_tiles,
+  key_tiles,
+  value_tiles,
+  query_ready,
+  key_ready,
+  value_ready,
+  key_read,
+  value_read,
+):
+  """What a block of warpgroups does; all arguments are references."""
+  batch, head = lax.axis_index("batch"), lax.axis_index("head")
+  warpgroup = lax.axis_index("warpgroup")
+  computing, _, channels = query_tiles.shape
+  registers = _REGISTERS[computing]
+  first = lax.axis_index("tile") * (computing * _QUERIES)
+  # Queries beyond their length see no keys, and zeros come out.
+  keys = jnp.where(first < query_length[batch], key_length[batch], 0)
+  steps = pl.cdiv(keys, jnp.int32(_KEYS))
+
+  def slot(step):
+    return lax.rem(step, jnp.int32(_STAGES))
+
+  @pl.when(warpgroup < computing)
+  def _compute():
+    plgpu.set_max_registers(registers[0], action="increase")
+    rows = pl.ds(first + warpgroup * _QUERIES, _QUERIES)
+    tile = query_tiles.at[warpgroup]
+    scale = channels**-0.5 * math.log2(math.e)  # The hardware knows exp2.
+    plgpu.copy_gmem_to_smem(
+      query.at[batch, rows, head], tile, query_ready.at[warpgroup]
+    )
+    plgpu.barrier_wait(query_ready.at[warpgroup])
+
+    def attend(step, carry, masked):
+      total, peak, norm = carry
+
+      def multiply_keys(scores):
+        plgpu.wgmma(scores, tile, key_tiles.at[slot(step)].T)
+        return scores[...]
+
+      def along_rows(x, like):
+        return lax.broadcast_in_dim(x, like.shape, [0])
+
+      shape = (_QUERIES, _KEYS)
+      plgpu.barrier_wait(key_ready.at[slot(step)])
+      scores = pl.run_scoped(multiply_keys, plgpu.ACC(shape, jnp.float32))
+      plgpu.barrier_arrive(key_read.at[slot(step)])
+      if masked:
+        column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=_TILE)
+        scores = jnp.where(step * _KEYS + column < keys, scores, -jnp.inf)
+      new_peak = jnp.maximum(peak, scores.max(axis=1) * scale)
+      weights = jnp.exp2(scores * scale - along_rows(new_peak, scores))
+      shrink = jnp.exp2(peak - new_peak)
+      norm = norm * shrink + weights.sum(axis=1)
+      total *= along_rows(shrink, total)
+      weights = weights.astype(value_tiles.dtype)
+
+      def add_values(total):
+        plgpu.wgmma(total, weights, value_tiles.at[slot(step)])
+
+      plgpu.barrier_wait(value_ready.at[slot(step)])
+      total = pl.run_state(add_values)(plgpu.ACC.init(total))
+      plgpu.barrier_arrive(value_read.at[slot(step)])
+      return total, new_peak, norm
+
+    def fill(shape, value, layout):
+      return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+    carry = (
+      fill((_QUERIES, channels), 0.0, _TILE),
+      fill((_QUERIES,), -jnp.inf, _ROW),
+      fill((_QUERIES,), 0.0, _ROW),
+    )
+    full = lax.div(keys, jnp.int32(_KEYS))
+    for start, stop, masked in ((0, full, False), (full, steps, True)):
+      body = functools.partial(attend, masked=masked)
+      carry = lax.fori_loop(start, stop, body, carry)
+    total, _, norm = carry
+    factor = 1 / (norm + float(jnp.finfo(jnp.float32).tiny))
+    total *= lax.broadcast_in_dim(factor, total.shape, [0])
+    tile[...] = total.astype(tile.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(tile, output.at[batch, rows, head])
+    plgpu.wait_smem_to_gmem(0)
+
+  @pl.when(warpgroup == computing)
+  def _fetch():
+    plgpu.set_max_registers(registers[1], action="decrease")
+
+    def fetch(source, step, tiles, ready):
+      rows = pl.ds(step * _KEYS, _KEYS)
+      plgpu.copy_gmem_to_smem(
+        source.at[batch, rows, head], tiles.at[slot(step)], ready.at[slot(step)]
+      )
+
+    @pl.loop(0, jnp.minimum(steps, _STAGES))
+    def _(step):
+      fetch(key, step, key_tiles, key_ready)
+      fetch(value, step, value_tiles, value_ready)
+
+    @pl.loop(_STAGES, steps)
+    def _(step):
+      plgpu.barrier_wait(key_read.at[slot(step)])
+      fetch(key, step, key_tiles, key_ready)
+      plgpu.barrier_wait(value_read.at[slot(step)])
+      fetch(value, step, value_tiles, value_ready)
+
+
+def _shared(shape: tuple[int, ...], dtype: jnp.dtype) -> plgpu.SMEM:
+  """Returns shared memory that matrix units can read."""
+  bits = jnp.finfo(dtype).bits
+  swizzle = plgpu.find_swizzle(shape[-1] * bits)
+  tiling = plgpu.TilingTransform((8, 8 * swizzle // bits))
+  return plgpu.SMEM(
+    shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle))
+  )
+
+
+@jax.jit  # Calls of like shapes share what takes seconds to compile.
+def hopper_attention(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  query_length: jax.Array,
+  key_length: jax.Array,
+) -> jax.Array:
+  """Scaled dot-product attention with scale d^-0.5; softmax in float32.
+
+  Args:
+    query: (B, N, heads, d) bfloat16 or float16, d a multiple of 16: the least
+      that matrix units read from shared memory.
+    key: (B, M, heads, d), of the same type; so is value.
+    value: (B, M, heads, d).
+    query_length: (B,) int32, the valid prefix of queries.
+    key_length: (B,) int32, the valid prefix of keys, at least 1.
+
+  Returns:
+    (B, N, heads, d) in the query's type. Beyond the query's length there is
+    something finite.
+  """
+  batch, num_queries, heads, channels = query.shape
+  dtype = query.dtype
+
+  def blocks(computing):
+    return -(-num_queries // (computing * _QUERIES))
+
+  computing = 3 if batch * heads * blocks(3) >= _MULTIPROCESSORS else 2
+
+  def barrier(number, arrivals=1):
+    return plgpu.Barrier(num_barriers=number, num_arrivals=arrivals)
+
+  return plgpu.kernel(
+    _kernel,
+    out_type=jax.ShapeDtypeStruct(query.shape, dtype),
+    scratch_types={
+      "query_tiles": _shared((computing, _QUERIES, channels), dtype),
+      "key_tiles": _shared((_STAGES, _KEYS, channels), dtype),
+      "value_tiles": _shared((_STAGES, _KEYS, channels), dtype),
+      "query_ready": barrier(computing),
+      "key_ready": barrier(_STAGES),
+      "value_ready": barrier(_STAGES),
+      "key_read": barrier(_STAGES, computing),
+      "value_read": barrier(_STAGES, computing),
+    },
+    grid=(heads, blocks(computing), batch),
+    grid_names=("head", "tile", "batch"),
+    num_threads=computing + 1,
+    thread_name="warpgroup",
+    compiler_params=plgpu.CompilerParams(approx_math=True),
+  )(query_length, key_length, query, key, value)
