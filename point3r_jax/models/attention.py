@@ -16,10 +16,9 @@ IMPLEMENTATIONS = ("auto", "xla", "cudnn", "hopper", "tpu")
 _CUDNN_CHANNELS = 8
 _HOPPER_CHANNELS = 16
 
-# The TPU kernel works on blocks of this many tokens. JAX's cuDNN attention has
-# no gradient for odd numbers of tokens.
-_TPU_BLOCK = 128
-_CUDNN_BLOCK = 2
+# Tokens come in blocks of so many. JAX's cuDNN attention has no gradient for
+# odd numbers of them.
+_TOKENS = {"cudnn": 2, "hopper": 8, "tpu": 128}
 
 
 def _choose(query: jax.Array, forward_only: bool) -> str:
@@ -87,15 +86,9 @@ def attention(
       implementation="xla",
     )
   num_queries, num_keys = query.shape[1], key.shape[1]
-  if implementation == "hopper":
-    if query_length is None:
-      query_length = jnp.full(query.shape[:1], num_queries, jnp.int32)
-    if key_length is None:
-      key_length = jnp.full(key.shape[:1], num_keys, jnp.int32)
-    return _hopper(query, key, value, query_length, key_length)
-  # The other kernels want whole blocks of tokens.
-  block = {"cudnn": _CUDNN_BLOCK, "tpu": _TPU_BLOCK}[implementation]
-  query, key, value = (_pad_tokens(x, block) for x in (query, key, value))
+  query, key, value = (
+    _pad_tokens(x, _TOKENS[implementation]) for x in (query, key, value)
+  )
   if key_length is None and key.shape[1] != num_keys:
     key_length = jnp.full(key.shape[:1], num_keys, jnp.int32)
   if implementation == "cudnn":
@@ -106,6 +99,12 @@ def attention(
       key_value_seq_lengths=key_length,
       implementation="cudnn",
     )
+  elif implementation == "hopper":
+    lengths = (
+      jnp.full(x.shape[:1], x.shape[1], jnp.int32) if length is None else length
+      for x, length in ((query, query_length), (key, key_length))
+    )
+    result = _hopper(query, key, value, *lengths)
   else:
     result = _tpu_attention(query, key, value, key_length)
   return result[:, :num_queries]

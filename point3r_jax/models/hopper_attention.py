@@ -3,13 +3,11 @@
 Some warpgroups work on queries, one more fetches keys and values for them: what
 FlashAttention-3 (arXiv 2407.08608) and `pallas.ops.gpu.attention_mgpu` of JAX
 do, in its simplest form. Unlike cuDNN's kernel this one passes over queries,
-too, that are beyond a length, takes any number of tokens as it is, and needs no
-memory cleared before.
+too, that are beyond a length, and needs no memory cleared before.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 
 import jax
@@ -73,23 +71,29 @@ def _kernel(
     )
     plgpu.barrier_wait(query_ready.at[warpgroup])
 
-    def attend(step, carry, masked):
+    def attend(step, carry):
       total, peak, norm = carry
 
       def multiply_keys(scores):
         plgpu.wgmma(scores, tile, key_tiles.at[slot(step)].T)
         return scores[...]
 
+      def mask(scores):
+        column = plgpu.broadcasted_iota(
+          jnp.int32, scores.shape, 1, layout=_TILE
+        )
+        return jnp.where(step * _KEYS + column < keys, scores, -jnp.inf)
+
       def along_rows(x, like):
         return lax.broadcast_in_dim(x, like.shape, [0])
 
-      shape = (_QUERIES, _KEYS)
       plgpu.barrier_wait(key_ready.at[slot(step)])
-      scores = pl.run_scoped(multiply_keys, plgpu.ACC(shape, jnp.float32))
+      scores = pl.run_scoped(
+        multiply_keys, plgpu.ACC((_QUERIES, _KEYS), jnp.float32)
+      )
       plgpu.barrier_arrive(key_read.at[slot(step)])
-      if masked:
-        column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=_TILE)
-        scores = jnp.where(step * _KEYS + column < keys, scores, -jnp.inf)
+      beyond = (step + 1) * _KEYS > keys
+      scores = lax.cond(beyond, mask, lambda scores: scores, scores)
       new_peak = jnp.maximum(peak, scores.max(axis=1) * scale)
       weights = jnp.exp2(scores * scale - along_rows(new_peak, scores))
       shrink = jnp.exp2(peak - new_peak)
@@ -113,11 +117,7 @@ def _kernel(
       fill((_QUERIES,), -jnp.inf, _ROW),
       fill((_QUERIES,), 0.0, _ROW),
     )
-    full = lax.div(keys, jnp.int32(_KEYS))
-    for start, stop, masked in ((0, full, False), (full, steps, True)):
-      body = functools.partial(attend, masked=masked)
-      carry = lax.fori_loop(start, stop, body, carry)
-    total, _, norm = carry
+    total, _, norm = lax.fori_loop(0, steps, attend, carry)
     factor = 1 / (norm + float(jnp.finfo(jnp.float32).tiny))
     total *= lax.broadcast_in_dim(factor, total.shape, [0])
     tile[...] = total.astype(tile.dtype)
@@ -169,8 +169,8 @@ def hopper_attention(
   """Scaled dot-product attention with scale d^-0.5; softmax in float32.
 
   Args:
-    query: (B, N, heads, d) bfloat16 or float16, d a multiple of 16: the least
-      that matrix units read from shared memory.
+    query: (B, N, heads, d) bfloat16 or float16, d a multiple of 16, N and M
+      multiples of 8.
     key: (B, M, heads, d), of the same type; so is value.
     value: (B, M, heads, d).
     query_length: (B,) int32, the valid prefix of queries.
