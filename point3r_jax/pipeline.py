@@ -25,10 +25,11 @@ from point3r_jax.geometry import (
 from point3r_jax.stream import Stream
 from point3r_jax.streaming import Prediction
 
-# Frames between the device and the disk: enough to keep both busy.
-_IN_FLIGHT = 8
+# Frames between the device and the disk: enough that the device has work while
+# many frames at once are sorted into the cloud.
+_IN_FLIGHT = 16
 # Frames whose maps are compressed side by side.
-_PREPARING = min(4, os.cpu_count() or 1)
+_PREPARING = min(8, os.cpu_count() or 1)
 
 
 @dataclasses.dataclass

@@ -4,7 +4,8 @@ import collections
 import concurrent.futures
 import dataclasses
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,10 +18,6 @@ _PARENT_BITS = _ONES * (_HALF - 1)  # All but the highest bit of each index.
 _PARENT_SHIFT = _ONES * (_HALF // 2)
 
 _AUTOMATIC_CELLS = 500
-
-# Buffers that are averaged side by side, in threads: NumPy sorts and sums
-# without holding the interpreter.
-_AVERAGING = 2
 
 _logger = logging.getLogger(__name__)
 
@@ -106,36 +103,63 @@ def _average(
   return _Voxels(key[first], total.astype(np.int64), means)
 
 
-def _fold(held: _Voxels, new: _Voxels) -> _Voxels:
-  """Joins two sets of voxels; updates those of `held` in place."""
-  place = np.searchsorted(held.key, new.key)
-  met = held.key[np.minimum(place, len(held.key) - 1)] == new.key
-  here = place[met]
-  total = held.count[here] + new.count[met]
-  share = new.count[met] / total
-  held.count[here] = total
-  for mean, other in zip(held.means, new.means, strict=True):
-    old = mean[here]
-    mean[here] = old + share * (other[met] - old)
-  if met.all():
+def _fold(
+  held: _Voxels, new: _Voxels, parts: int, run: Callable[..., Iterable]
+) -> _Voxels:
+  """Joins two sets of voxels; updates those of `held` in place.
+
+  Args:
+    held: Voxels, at least one.
+    new: More of them.
+    parts: Ranges of keys, at most, that are worked on side by side.
+    run: Does what `map` does, in threads.
+  """
+  parts = min(parts, len(held.key))
+  old_bounds = np.linspace(0, len(held.key), parts + 1).astype(int)
+  cuts = np.searchsorted(new.key, held.key[old_bounds[1:-1]])
+  new_bounds = [0, *cuts, len(new.key)]
+  olds = list(map(slice, old_bounds[:-1], old_bounds[1:]))
+
+  def update(old: slice, start: int, stop: int) -> tuple[np.ndarray, ...]:
+    """Takes in what is held already; returns what is not, and its place."""
+    key, other = held.key[old], new.key[start:stop]
+    place = np.searchsorted(key, other)
+    met = key[np.minimum(place, len(key) - 1)] == other
+    here, there = old.start + place[met], start + np.flatnonzero(met)
+    total = held.count[here] + new.count[there]
+    share = new.count[there] / total
+    held.count[here] = total
+    for mean, other in zip(held.means, new.means, strict=True):
+      before = mean[here]
+      mean[here] = before + share * (other[there] - before)
+    missed = np.flatnonzero(~met)
+    return start + missed, place[missed]
+
+  missed = list(run(update, olds, new_bounds[:-1], new_bounds[1:]))
+  sizes = [
+    old.stop - old.start + len(rows)
+    for old, (rows, _) in zip(olds, missed, strict=True)
+  ]
+  if sum(sizes) == len(held.key):
     return held
-  missed = np.flatnonzero(~met)
-  size = len(held.key) + len(missed)
-  target = place[missed] + np.arange(len(missed))
-  # Indices, since NumPy assigns through them twice as fast as through a mask.
-  kept = np.delete(np.arange(size), target)
+  ends = np.cumsum(sizes)
+  sources = [(held.key, new.key), (held.count, new.count)]
+  sources += zip(held.means, new.means, strict=True)
+  joined = [np.empty(ends[-1], old.dtype) for old, _ in sources]
 
-  def insert(old: np.ndarray, other: np.ndarray) -> np.ndarray:
-    joined = np.empty(size, old.dtype)
-    joined[kept] = old
-    joined[target] = other[missed]
-    return joined
+  def insert(old: slice, missing: tuple, size: int, end: int) -> None:
+    rows, place = missing
+    target = place + np.arange(len(rows))
+    # Indices, since NumPy assigns through them twice as fast as through a mask.
+    kept = np.delete(np.arange(size), target)
+    for array, (before, other) in zip(joined, sources, strict=True):
+      part = array[end - size : end]
+      part[kept] = before[old]
+      part[target] = other[rows]
 
-  return _Voxels(
-    insert(held.key, new.key),
-    insert(held.count, new.count),
-    [insert(*pair) for pair in zip(held.means, new.means, strict=True)],
-  )
+  list(run(insert, olds, missed, sizes, ends))
+  key, count, *means = joined
+  return _Voxels(key, count, means)
 
 
 def _select(rows: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -221,6 +245,7 @@ class VoxelCloud:
     voxel_size: float | None = None,
     max_points: int = 10_000_000,
     buffer_points: int = 1 << 21,
+    threads: int | None = None,
   ):
     """Makes an empty cloud.
 
@@ -231,8 +256,10 @@ class VoxelCloud:
         the origin never merge). Each takes 40 bytes, up to 150 for the moment
         in which the voxels double.
       buffer_points: Points buffered before they are sorted into the cloud.
-        Each takes 15 bytes, and 140 more while it is sorted, which two buffers
-        are at once.
+        Each takes 15 bytes, and 140 more while it is sorted.
+      threads: How many buffers are sorted side by side, and in how many parts
+        one is taken into the cloud: NumPy does both without holding the
+        interpreter. None: half the processors, at least 2 and at most 8.
     """
     voxel_size = voxel_size or None
     if voxel_size is not None and not 0 < voxel_size < np.inf:
@@ -245,7 +272,11 @@ class VoxelCloud:
     self._voxels: _Voxels | None = None
     self._buffer: list[tuple[np.ndarray, np.ndarray]] = []
     self._buffered = 0
-    self._pool = concurrent.futures.ThreadPoolExecutor(_AVERAGING, "voxels")
+    self._threads = threads or min(8, max(2, (os.cpu_count() or 1) // 2))
+    self._averagers, self._folders = (
+      concurrent.futures.ThreadPoolExecutor(self._threads, name)
+      for name in ("average", "fold")
+    )
     # Doublings when a buffer was handed over, and what becomes of it.
     self._averaging: collections.deque[
       tuple[int, concurrent.futures.Future[_Averaged]]
@@ -280,12 +311,14 @@ class VoxelCloud:
     self._buffered += len(points)
     if self._buffered >= self._buffer_points:
       self._hand_over()
-      self._fold_in(_AVERAGING)
+      self._fold_in(self._threads)
 
   def _hand_over(self) -> None:
     """Has the buffer averaged in the background."""
     if self._buffered:
-      work = self._pool.submit(_average_frames, self._buffer, self._voxel_size)
+      work = self._averagers.submit(
+        _average_frames, self._buffer, self._voxel_size
+      )
       self._averaging.append((self._doublings, work))
       self._buffer, self._buffered = [], 0
 
@@ -300,7 +333,9 @@ class VoxelCloud:
         continue
       for _ in range(self._doublings - doublings):
         new = _average(_parent_keys(new.key), new.means, new.count)
-      self._voxels = _fold(self._voxels, new) if self._voxels else new
+      if self._voxels:
+        new = _fold(self._voxels, new, self._threads, self._folders.map)
+      self._voxels = new
       self._keep_bound()
 
   def _complete(self) -> None:

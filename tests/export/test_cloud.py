@@ -47,15 +47,16 @@ def _cuts(count):
   spread=st.sampled_from([0.1, 1.0, 30.0]),
   cuts=_cuts(80),
   buffer_points=st.integers(1, 100),
+  threads=st.integers(1, 9),
 )
 def test_voxels_are_means_however_the_points_arrive(
-  seed, spread, cuts, buffer_points
+  seed, spread, cuts, buffer_points, threads
 ):
   rng = np.random.default_rng(seed)
   points, colors = _scene(rng, 80, spread)
   expected = _means(points, colors, 0.5)
   order = rng.permutation(80)
-  voxels = cloud.VoxelCloud(0.5, buffer_points=buffer_points)
+  voxels = cloud.VoxelCloud(0.5, buffer_points=buffer_points, threads=threads)
   for part in np.split(order, cuts):
     voxels.add(points[part], colors[part])
   _assert_equals(voxels.arrays(), expected)
