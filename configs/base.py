@@ -85,7 +85,7 @@ def get_config() -> ConfigDict:
 
   # What GPUs launch as CUDA graphs: "none", "bodies" of loops, "all". Measured:
   # benchmarks/README.md.
-  c.cuda_graphs = "none"
+  c.cuda_graphs = "bodies"
 
   # The mesh: -1 takes the devices that the other axis leaves. `rules` are pairs
   # of an expression for a parameter's path and "fsdp" or "replicate".

@@ -18,7 +18,6 @@ def get_config() -> ConfigDict:
   c.batch_size = 8
   c.optimizer.lr, c.optimizer.min_lr = 1e-5, 1e-6
   c.optimizer.freeze = ("encoder/",)
-  c.cuda_graphs = "bodies"
   c.datasets = base.published_datasets(
     {
       "co3d": 2_000,

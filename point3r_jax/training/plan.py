@@ -197,7 +197,8 @@ def plan(experiment: Experiment, image_size: tuple[int, int]) -> Plan:
   views = views if isinstance(views, int) else max(views)
   shape = (views, *image_size)
   device = mesh.devices.flat[0]
-  options = {"cpu": _CPU_OPTIONS, "gpu": compiler_options()}
+  gpu_options = compiler_options(experiment.config.cuda_graphs)
+  options = {"cpu": _CPU_OPTIONS, "gpu": gpu_options}
 
   lowered = lower_step(experiment, shape)
   started = time.perf_counter()
