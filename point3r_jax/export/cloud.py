@@ -122,9 +122,9 @@ def _fold(
 
   def update(old: slice, start: int, stop: int) -> tuple[np.ndarray, ...]:
     """Takes in what is held already; returns what is not, and its place."""
-    key, other = held.key[old], new.key[start:stop]
-    place = np.searchsorted(key, other)
-    met = key[np.minimum(place, len(key) - 1)] == other
+    key, wanted = held.key[old], new.key[start:stop]
+    place = np.searchsorted(key, wanted)
+    met = key[np.minimum(place, len(key) - 1)] == wanted
     here, there = old.start + place[met], start + np.flatnonzero(met)
     total = held.count[here] + new.count[there]
     share = new.count[there] / total

@@ -47,7 +47,13 @@ def _kernel(
   key_read,
   value_read,
 ):
-  """What a block of warpgroups does; all arguments are references."""
+  """What a block of warpgroups does.
+
+  All arguments are references: the operands and the result in global memory,
+  then tiles of them in shared memory, the computing warpgroups' queries and the
+  keys and values of `_STAGES` steps, and barriers. What is `ready` has arrived
+  in its tile; where all warpgroups have `read`, the next may come.
+  """
   batch, head = lax.axis_index("batch"), lax.axis_index("head")
   warpgroup = lax.axis_index("warpgroup")
   computing, _, channels = query_tiles.shape
