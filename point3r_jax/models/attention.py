@@ -6,6 +6,8 @@ Padded keys and values must be finite.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -115,13 +117,31 @@ def _pad_tokens(x: jax.Array, block: int) -> jax.Array:
   return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0)))
 
 
+def _divide_batch(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+  """Splits the batch over all of a mesh (`jax.set_mesh`), if there is one.
+
+  The compiler cannot split kernels by itself.
+  """
+  axes = jax.sharding.get_abstract_mesh().auto_axes
+  if not axes:
+    return kernel
+  return jax.shard_map(
+    kernel,
+    in_specs=PartitionSpec(axes),
+    out_specs=PartitionSpec(axes),
+    check_vma=False,
+  )
+
+
 @jax.custom_vjp
 def _hopper(query, key, value, query_length, key_length):
   """`hopper_attention` with the derivatives of cuDNN's attention."""
   # JAX does not have it for all platforms.
   from point3r_jax.models.hopper_attention import hopper_attention
 
-  return hopper_attention(query, key, value, query_length, key_length)
+  return _divide_batch(hopper_attention)(
+    query, key, value, query_length, key_length
+  )
 
 
 def _hopper_forward(*operands):
@@ -146,11 +166,7 @@ def _tpu_attention(
   value: jax.Array,
   key_length: jax.Array | None,
 ) -> jax.Array:
-  """Pallas flash attention; keys beyond the length are another segment.
-
-  Under a mesh (`jax.set_mesh`) the batch is split over all of it: the compiler
-  cannot split kernels by itself.
-  """
+  """Pallas flash attention; keys beyond the length are another segment."""
   from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
   segments = None
@@ -185,12 +201,4 @@ def _tpu_attention(
       return *pullback(gradient), None
 
   kernel.defvjp(forward, backward)
-  axes = jax.sharding.get_abstract_mesh().auto_axes
-  if axes:
-    kernel = jax.shard_map(
-      kernel,
-      in_specs=PartitionSpec(axes),
-      out_specs=PartitionSpec(axes),
-      check_vma=False,
-    )
-  return kernel(query, key, value, segments)
+  return _divide_batch(kernel)(query, key, value, segments)
