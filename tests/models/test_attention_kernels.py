@@ -1,4 +1,4 @@
-"""Kernels for attention: the TPU's gradient, and both over meshes."""
+"""Kernels for attention: gradients, and over meshes."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,7 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
+from point3r_jax.models import hopper_attention
 from point3r_jax.models.attention import attention
 from point3r_jax.training.sharding import make_mesh
 
@@ -75,3 +76,24 @@ def test_a_mesh_splits_the_batch_of_the_hopper_kernel():
   assert "mosaic_gpu" in text
   # One sample a device; nine tokens are sixteen for the kernel.
   assert "tensor<1x16x2x16xbf16>" in text
+
+
+def test_what_surrounds_the_hopper_kernel(monkeypatch):
+  """Padding, lengths and derivatives, with XLA in the place of GPU kernels."""
+  reference = jax.nn.dot_product_attention
+  sizes = []
+
+  def kernel(query, key, value, query_length, key_length):
+    sizes.append((query.shape[1], key.shape[1], query_length.shape))
+    return reference(query, key, value, key_value_seq_lengths=key_length)
+
+  def anywhere(*operands, implementation, **options):
+    return reference(*operands, implementation="xla", **options)
+
+  monkeypatch.setattr(hopper_attention, "hopper_attention", kernel)
+  monkeypatch.setattr(jax.nn, "dot_product_attention", anywhere)
+  for x, y in zip(
+    gradient("hopper")(*operands(2)), gradient("xla")(*operands(2)), strict=True
+  ):
+    np.testing.assert_allclose(x, y, atol=1e-5)
+  assert set(sizes) == {(16, 152, (2,))}
