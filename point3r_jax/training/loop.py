@@ -332,7 +332,12 @@ def train(experiment: Experiment, options: RunOptions) -> TrainState:
       if not programs.is_ready(shape):
         watch.drain()
         with meter.paused():
-          programs.wait(shape)
+          programs.wait_unless(stop, shape)
+        if stop.is_set():  # Compilation takes longer than there may be time.
+          if step != (checkpoints.latest_step or 0):
+            checkpoints.save(state, meta)
+          _log.info("stopped at step %d of %d", step, total)
+          break
       step += 1
       profile.before(step, watch)
       with jax.transfer_guard("disallow"):

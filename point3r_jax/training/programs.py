@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterable
 
@@ -21,6 +22,9 @@ from point3r_jax.training.step import FLAGS, sequence_loss, train_step
 
 # (T, H, W) of a batch's sequences.
 Shape = tuple[int, int, int]
+
+# Seconds after which a signal is noticed while a program is compiled.
+_POLL = 0.5
 
 # XLA's commands that CUDA graphs may hold, by a config's `cuda_graphs`. Where a
 # loop slices stacked layers, the slice is elsewhere in each turn: a graph that
@@ -161,6 +165,12 @@ class Programs:
   def wait(self, shape: Shape) -> jax.stages.Compiled:
     """Returns the program of a shape; waits until it is compiled."""
     return self._submit(shape, "first use").result()
+
+  def wait_unless(self, stop: threading.Event, shape: Shape) -> None:
+    """Waits until the program of a shape is compiled or the event is set."""
+    program = self._submit(shape, "first use")
+    while not stop.is_set() and not program.done():
+      concurrent.futures.wait([program], timeout=_POLL)
 
   def step(
     self, state: TrainState, batch: dict[str, jax.Array]

@@ -1,5 +1,6 @@
 """Whole runs: killed, resumed, on several processes, and stopped by NaN."""
 
+import concurrent.futures
 import json
 import logging
 import os
@@ -125,6 +126,35 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
   with caplog.at_level(logging.INFO):
     state = train(experiment(max_streak=7), RunOptions(tmp_path))
   assert "changed since that step: max_streak was 10 and is 7" in caplog.text
+  chex.assert_trees_all_equal(jax.device_get(state), straight[0])
+  assert losses(tmp_path) == losses(straight[1])
+
+
+def test_a_signal_during_compilation_saves_what_is_done(
+  straight, tmp_path, monkeypatch
+):
+  take_step, submit, taken = Programs.step, Programs._submit, []
+
+  def count(self, *operands):
+    result = take_step(self, *operands)
+    taken.append(True)
+    return result
+
+  def compile_for_ever(self, shape, reason):
+    if len(taken) < 3:
+      return submit(self, shape, reason)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return concurrent.futures.Future()
+
+  def is_ready(self, shape):
+    return len(taken) < 3
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Programs, "step", count)
+    patch.setattr(Programs, "_submit", compile_for_ever)
+    patch.setattr(Programs, "is_ready", is_ready)
+    assert int(train(experiment(), RunOptions(tmp_path)).step) == 3
+  state = train(experiment(), RunOptions(tmp_path))
   chex.assert_trees_all_equal(jax.device_get(state), straight[0])
   assert losses(tmp_path) == losses(straight[1])
 
