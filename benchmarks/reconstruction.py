@@ -12,7 +12,7 @@ Prints a line of JSON, all in frames a second:
   for the first ones, which fill the queues.
 - share: of `written` in `step`.
 
-The stream has grown and all is compiled before anything is timed. The video is
+The stream has grown and all is compiled before a step is timed. The video is
 a walk through a made-up room, enlarged to 1080p, unless there is one of one's
 own. Random weights make clouds in which hardly two points share a voxel: the
 most there is to write.
@@ -36,7 +36,7 @@ from PIL import Image
 
 from benchmarks.streaming_inputs import scene, to_and_fro
 from point3r_jax.checkpoints import UNTRAINED, load_checkpoint
-from point3r_jax.data.frames import FrameSource, open_frames, prefetch
+from point3r_jax.data.frames import FrameSource, open_frames
 from point3r_jax.export.scene import SceneOptions, SceneWriter
 from point3r_jax.pipeline import Progress, reconstruct
 from point3r_jax.precision import get_precision
@@ -80,10 +80,10 @@ def _rate(frames: int, seconds: float) -> float:
   return round(frames / seconds, 1)
 
 
-def time_reading(source: FrameSource, depth: int) -> tuple[float, list]:
+def time_reading(source: FrameSource) -> tuple[float, list[np.ndarray]]:
   """Returns frames a second that are read, and their images."""
   started = time.perf_counter()
-  images = [frame.image for frame in prefetch(source, depth)]
+  images = [frame.image for frame in source]
   return _rate(len(images), time.perf_counter() - started), images
 
 
@@ -126,10 +126,9 @@ def measure(flags: argparse.Namespace, folder: pathlib.Path) -> dict:
 
   image_size = read().image_size
   stream = Stream(config, params, image_size, precision=precision)
-  _, images = time_reading(read(), flags.prefetch)
-  time_steps(stream, images)
+  reading, images = time_reading(read())
+  time_steps(stream, images)  # Grows, and compiles.
   stream.wait_for_compiles()
-  reading, _ = time_reading(read(), flags.prefetch)
   steps = time_steps(stream, images)
   pointers = stream.pointer_count
   output = folder / "output"
@@ -171,7 +170,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   add("--frames", type=int, default=600)
   add("--size", type=int, help="long side for the network (default: model's)")
   add("--precision", help="default: the device's")
-  add("--prefetch", type=int, default=16, help="frames read ahead, when alone")
   return parser.parse_args(arguments)
 
 

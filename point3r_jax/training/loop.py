@@ -325,7 +325,8 @@ def train(experiment: Experiment, options: RunOptions) -> TrainState:
       contextlib.closing(_Profile(workdir, options.profile))
     )
 
-    while step < last:
+    stopping = False
+    while step < last and not stopping:
       with meter.waiting():
         batch, samples = next(feed)
       shape = batch["depth"].shape[1:]
@@ -333,10 +334,8 @@ def train(experiment: Experiment, options: RunOptions) -> TrainState:
         watch.drain()
         with meter.paused():
           programs.wait_unless(stop, shape)
-        if stop.is_set():  # Compilation takes longer than there may be time.
-          if step != (checkpoints.latest_step or 0):
-            checkpoints.save(state, meta)
-          _log.info("stopped at step %d of %d", step, total)
+        stopping = stop.is_set()
+        if stopping:  # Compilation takes longer than there may be time.
           break
       step += 1
       profile.before(step, watch)
@@ -361,13 +360,14 @@ def train(experiment: Experiment, options: RunOptions) -> TrainState:
           if panel is not None:
             log.write_image(step, "train", panel)
       stopping = checkpoints.reached_preemption(step) or stop.is_set()
-      due = any(step % n == 0 for n in (every, keep_every) if n)
-      if stopping or step == last or due:
+      if any(step % n == 0 for n in (every, keep_every) if n):
         watch.drain()
         with meter.paused():
           checkpoints.save(state, meta)
-      if stopping:
-        _log.info("stopped at step %d of %d", step, total)
-        break
+    watch.drain()
+    if step != (checkpoints.latest_step or 0):
+      checkpoints.save(state, meta)
+    if stopping:
+      _log.info("stopped at step %d of %d", step, total)
     checkpoints.wait()
   return state

@@ -34,7 +34,17 @@ def gradient(implementation):
   return jax.jit(jax.grad(total, argnums=(0, 1, 2)))
 
 
-def test_gradient():
+def lowered_over_a_mesh(program, arrays, platform):
+  """Returns a program's jaxpr and text, its arrays split over eight devices."""
+  mesh = make_mesh(2, 4)
+  split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+  with jax.set_mesh(mesh):
+    traced = program.trace(*jax.device_put(arrays, split))
+  lowered = traced.lower(lowering_platforms=(platform,))
+  return str(traced.jaxpr), lowered.as_text()
+
+
+def test_the_tpu_kernels_gradient():
   expected = gradient("xla")(*operands(2))
   with pltpu.force_tpu_interpret_mode():
     result = gradient("tpu")(*operands(2))
@@ -42,27 +52,18 @@ def test_gradient():
     np.testing.assert_allclose(x, y, atol=1e-5)
 
 
-def test_a_mesh_splits_the_batch():
-  mesh = make_mesh(2, 4)
-  split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-  arrays = jax.device_put(operands(8), split)
-  with jax.set_mesh(mesh):
-    traced = gradient("tpu").trace(*arrays)
-  text = traced.lower(lowering_platforms=("tpu",)).as_text()
+def test_a_mesh_splits_the_tpu_kernels_batch():
+  program, text = lowered_over_a_mesh(gradient("tpu"), operands(8), "tpu")
   assert "tpu_custom_call" in text
   assert "tensor<1x2x128x16xf32>" in text  # One sample a device.
   # Float32 is float32 whatever the precision around, gradients included.
-  program = str(traced.jaxpr)
   products = program.count("dot_general[")
   assert program.count("precision=(Precision.HIGHEST") == products > 0
 
 
-def test_a_mesh_splits_the_batch_of_the_hopper_kernel():
-  mesh = make_mesh(2, 4)
-  split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+def test_a_mesh_splits_the_hopper_kernels_batch():
   *arrays, length = operands(8)
   arrays = [x.astype(jnp.bfloat16) for x in arrays]
-  arrays, length = jax.device_put((arrays, length), split)
 
   @jax.jit
   def run(query, key, value, length):
@@ -70,9 +71,7 @@ def test_a_mesh_splits_the_batch_of_the_hopper_kernel():
       query, key, value, key_length=length, implementation="hopper"
     )
 
-  with jax.set_mesh(mesh):
-    traced = run.trace(*arrays, length)
-  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  _, text = lowered_over_a_mesh(run, (*arrays, length), "cuda")
   assert "mosaic_gpu" in text
   # One sample a device; nine tokens are sixteen for the kernel.
   assert "tensor<1x16x2x16xbf16>" in text
