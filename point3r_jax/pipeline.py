@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import contextlib
 import dataclasses
-import os
+import functools
 import queue
 import threading
 import time
@@ -16,7 +15,8 @@ import jax
 import numpy as np
 
 from point3r_jax.data.frames import Frame, prefetch
-from point3r_jax.export.scene import FrameResult, PreparedFrame, SceneWriter
+from point3r_jax.export.scene import FrameResult
+from point3r_jax.export.scene_process import SceneProcess
 from point3r_jax.geometry import (
   estimate_focal,
   intrinsics_matrix,
@@ -25,11 +25,8 @@ from point3r_jax.geometry import (
 from point3r_jax.stream import Stream
 from point3r_jax.streaming import Prediction
 
-# Frames between the device and the disk: enough that the device has work while
-# many frames at once are sorted into the cloud.
+# Frames between the device and the process that writes them.
 _IN_FLIGHT = 16
-# Frames whose maps are compressed side by side.
-_PREPARING = min(8, os.cpu_count() or 1)
 
 
 @dataclasses.dataclass
@@ -50,8 +47,10 @@ class Progress:
   interrupted: bool = False
 
 
-@jax.jit
-def _summarise(prediction: Prediction) -> dict[str, jax.Array | None]:
+@functools.partial(jax.jit, static_argnames="maps")
+def _summarise(
+  prediction: Prediction, maps: frozenset[str]
+) -> dict[str, jax.Array | None]:
   """Reduces a prediction of batch 1 to what is written, on the device."""
   prediction = jax.tree.map(lambda x: x[0], prediction)
   depth = intrinsics = None
@@ -59,25 +58,28 @@ def _summarise(prediction: Prediction) -> dict[str, jax.Array | None]:
     depth = prediction.points_camera[..., 2]
     focal = estimate_focal(prediction.points_camera)
     intrinsics = intrinsics_matrix(focal, depth.shape)
+  images = {
+    "points_world": prediction.points_world,
+    "confidence_world": prediction.confidence_world,
+    "depth": depth,
+    "confidence_camera": prediction.confidence_camera,
+  }
   return {
     "pose": prediction.pose,
     "pointer_count": prediction.pointer_count,
     "overflow": prediction.overflow,
     "camera_to_world": pose_to_matrix(prediction.pose),
-    "points_world": prediction.points_world,
-    "confidence_world": prediction.confidence_world,
-    "depth": depth,
-    "confidence_camera": prediction.confidence_camera,
     "intrinsics": intrinsics,
+    **{name: x if name in maps else None for name, x in images.items()},
   }
 
 
 class _Writer:
-  """Threads that wait for results and write them, in order."""
+  """A thread that waits for results and hands them on, in order."""
 
   def __init__(
     self,
-    scene: SceneWriter,
+    scene: SceneProcess,
     progress: Progress,
     report: Callable[[Progress], None],
   ):
@@ -85,54 +87,47 @@ class _Writer:
     self._progress = progress
     self._report = report
     self._error = None
-    self._frames = 0
-    self._pool = concurrent.futures.ThreadPoolExecutor(_PREPARING, "prepare")
     self._work = queue.Queue(_IN_FLIGHT)
     self._last = time.perf_counter()
     self._thread = threading.Thread(target=self._run, name="writer")
     self._thread.start()
 
   def put(self, frame: Frame, result: dict) -> None:
-    """Hands over a frame; waits for room. Raises what writing raised."""
+    """Takes a frame; waits for room. Raises what writing raised."""
     if self._error:
       raise self._error
     for array in jax.tree.leaves(result):
       array.copy_to_host_async()
-    prepared = self._pool.submit(self._prepare, self._frames, frame, result)
-    self._work.put((prepared, result["pointer_count"], result["overflow"]))
-    self._frames += 1
+    self._work.put((frame, result))
 
   def close(self) -> None:
     """Waits until all is written; raises what writing raised."""
     self._work.put(None)
     self._thread.join()
-    self._pool.shutdown()
     if self._error:
       raise self._error
-
-  def _prepare(self, number: int, frame: Frame, result: dict) -> PreparedFrame:
-    names = [field.name for field in dataclasses.fields(FrameResult)]
-    host = jax.tree.map(np.asarray, {name: result[name] for name in names})
-    return self._scene.prepare(number, frame, FrameResult(**host))
+    self._scene.drain()
 
   def _run(self) -> None:
     while item := self._work.get():
-      prepared, *counts = item
+      if self._error:  # Keep taking, so that `put` never waits for ever.
+        continue
       try:
-        if self._error:  # Keep taking, so that `put` never waits for ever.
-          self._scene.discard(prepared.result())
-        else:
-          self._commit(prepared.result(), *counts)
-      except Exception as error:  # The first is raised in the main thread.
-        self._error = self._error or error
+        self._hand_on(*item)
+      except Exception as error:  # It is raised in the main thread.
+        self._error = error
 
-  def _commit(
-    self, prepared: PreparedFrame, pointers: jax.Array, overflow: jax.Array
-  ) -> None:
-    self._scene.commit(prepared)
+  def _hand_on(self, frame: Frame, result: dict) -> None:
+    host = jax.tree.map(np.asarray, result)
+    counts = int(host.pop("pointer_count")), int(host.pop("overflow"))
+    note = functools.partial(self._note, *counts)
+    self._scene.put(frame, FrameResult(**host), note)
+
+  def _note(self, pointers: int, overflow: int) -> None:
+    """Notes that a frame is written."""
     now = time.perf_counter()
-    self._progress.pointers.append(int(pointers))
-    self._progress.overflow = int(overflow)
+    self._progress.pointers.append(pointers)
+    self._progress.overflow = overflow
     self._progress.seconds.append(now - self._last)
     self._last = now
     self._report(self._progress)
@@ -141,7 +136,7 @@ class _Writer:
 def reconstruct(
   frames: Iterable[Frame],
   stream: Stream,
-  scene: SceneWriter,
+  scene: SceneProcess,
   progress: Progress,
   report: Callable[[Progress], None] = lambda _: None,
   stop: threading.Event | None = None,
@@ -181,6 +176,6 @@ def reconstruct(
     contextlib.closing(prefetch(frames, 2 * stream.look_ahead)) as ready,
   ):
     for prediction in stream.extend(images(ready)):
-      writer.put(read.popleft(), _summarise(prediction))
+      writer.put(read.popleft(), _summarise(prediction, scene.maps))
       if read and stopped():
         break

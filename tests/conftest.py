@@ -3,6 +3,7 @@
 import functools
 import importlib.metadata
 import logging
+import multiprocessing
 import os
 import pathlib
 
@@ -27,6 +28,9 @@ if _JAXLIB < (0, 11):
 _CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+# Processes that write scenes are then forked from one that has imported this.
+multiprocessing.set_forkserver_preload(["point3r_jax.export.scene_process"])
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ import pytest
 from point3r_jax.data.frames import Frame
 from point3r_jax.data.images import Preparation
 from point3r_jax.export.scene import OutputError, SceneOptions, SceneWriter
+from point3r_jax.export.scene_process import SceneProcess
 from point3r_jax.pipeline import Progress, reconstruct
 from point3r_jax.streaming import StepOptions, empty_prediction
 
@@ -65,7 +66,8 @@ class Slow(SceneWriter):
 
 def run(directory, stream):
   outputs = ("scene", "trajectory", "cameras", "depth", "confidence")
-  scene = Slow(directory, SceneOptions(outputs, percentile=0))
+  options = SceneOptions(outputs, percentile=0)
+  scene = SceneProcess(directory, options, SIZE, Slow)
   progress = Progress()
   try:
     reconstruct(frames(), stream, scene, progress)

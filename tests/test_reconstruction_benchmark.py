@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks import reconstruction
 from point3r_jax.data.frames import open_frames
@@ -40,4 +42,9 @@ def test_reads_steps_and_writes_the_same_frames(tmp_path):
   assert min(result[x] for x in ("read", "step", "written", "share")) > 0
   assert len(list((tmp_path / "output" / "depth").iterdir())) == 9
   # A fifth of each frame's pixels is left out.
-  assert result["cloud"]["added"] == pytest.approx(9 * 0.8 * 32 * 48, rel=0.01)
+  share = {"rel": 0.01}
+  assert result["cloud"]["added"] == pytest.approx(9 * 0.8 * 32 * 48, **share)
+  surfaces = result["surfaces"]
+  assert surfaces["cloud"]["added"] == pytest.approx(9 * 0.8 * 32 * 48, **share)
+  depth = Image.open(tmp_path / "surfaces" / "depth" / "000000.png")
+  assert np.min(depth) > 1400 and np.max(depth) < 2600

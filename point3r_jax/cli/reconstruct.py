@@ -29,10 +29,10 @@ from point3r_jax.export.scene import (
   OUTPUTS,
   SUMMARY,
   SceneOptions,
-  SceneWriter,
   prepare_folder,
   write_summary,
 )
+from point3r_jax.export.scene_process import SceneProcess
 from point3r_jax.pipeline import Progress, reconstruct
 from point3r_jax.precision import get_precision
 from point3r_jax.stream import Stream
@@ -262,7 +262,8 @@ def _write_scene(
   stop: threading.Event,
 ) -> dict[str, Any]:
   """Writes all files; whatever happens, what is done is a valid scene."""
-  progress, scene = Progress(), SceneWriter(directory, options)
+  progress = Progress()
+  scene = SceneProcess(directory, options, stream.image_size)
   facts, finished = {}, False
   bar = tqdm.tqdm(total=frames.expected_frames, unit="frame", disable=None)
 

@@ -30,6 +30,13 @@ OUTPUTS = {
   "depth_npz": "depth",
   "confidence": "confidence",
 }
+# The maps of a `FrameResult` that go into them.
+_MAPS = {
+  "scene": ("points_world", "confidence_world"),
+  "depth": ("depth",),
+  "depth_npz": ("depth",),
+  "confidence": ("confidence_camera",),
+}
 SUMMARY = "summary.json"
 _FORMAT = "point3r-jax reconstruction"
 _NO_COUNTS = depth_files.DepthPngCounts(0, 0, 0)
@@ -41,7 +48,7 @@ class OutputError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class FrameResult:
-  """What is known of a frame; None where it was not computed.
+  """What is known of a frame; None where it was not computed or asked for.
 
   Attributes:
     pose: (7,) camera-to-world translation and quaternion w, x, y, z.
@@ -120,6 +127,11 @@ class SceneOptions:
         raise OutputError(f"{name} must be positive, not {value}")
     if self.max_points < 1000:
       raise OutputError(f"max_points must be >= 1000, not {self.max_points}")
+
+  @property
+  def maps(self) -> frozenset[str]:
+    """The fields of a `FrameResult` as large as the image that are written."""
+    return frozenset().union(*(_MAPS.get(name, ()) for name in self.write))
 
 
 def prepare_folder(

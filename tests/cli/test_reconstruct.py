@@ -17,7 +17,7 @@ from PIL import Image
 import point3r_jax as p3r
 from point3r_jax import geometry, pretrained
 from point3r_jax.checkpoints import write_config
-from point3r_jax.cli.reconstruct import main
+from point3r_jax.cli import reconstruct as cli
 from point3r_jax.data.frames import open_frames
 from point3r_jax.export import scene
 from point3r_jax.export.scene import OUTPUTS
@@ -67,7 +67,7 @@ def write_video(path, frames, options=None):
 
 def reconstruct(checkpoint, output, inputs, *flags):
   fixed = ["--checkpoint", checkpoint, "--output", output, "--input", *inputs]
-  return main([str(argument) for argument in (*fixed, *flags)])
+  return cli.main([str(argument) for argument in (*fixed, *flags)])
 
 
 def read_ply(path):
@@ -258,17 +258,19 @@ def test_folders_of_others_are_never_overwritten(
   assert (out / "depth" / "000000.png").read_text() == "somebody's measurements"
 
 
-def test_a_full_disk_is_one_line(
+def test_a_file_that_cannot_be_written_is_one_line(
   checkpoint, photos, tmp_path, monkeypatch, capsys
 ):
-  def full(*_):
-    raise OSError(28, "No space left on device")
+  def with_an_obstacle(*arguments):
+    folder = scene.prepare_folder(*arguments)
+    (folder / "scene.ply").mkdir()
+    return folder
 
-  monkeypatch.setattr(scene, "write_ply", full)
+  monkeypatch.setattr(cli, "prepare_folder", with_an_obstacle)
   assert reconstruct(checkpoint, tmp_path / "out", [photos]) == 2
-  assert (
-    capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
-  )
+  error = capsys.readouterr().err
+  assert error.startswith("error: [Errno 21] Is a directory: ")
+  assert "scene.ply" in error and error.count("\n") == 1
   summary = json.loads((tmp_path / "out" / "summary.json").read_text())
   assert summary["frames"] == 8
   cameras = json.loads((tmp_path / "out" / "cameras.json").read_text())
@@ -348,14 +350,14 @@ def test_ctrl_c_leaves_a_complete_set_of_files(
   command = [sys.executable, ROOT / "reconstruct.py"]
   command += ["--checkpoint", checkpoint, "--input", video, "--output", out]
   process = subprocess.Popen(
-    command, stderr=subprocess.PIPE, text=True, env=os.environ
+    command, stderr=subprocess.PIPE, text=True, start_new_session=True
   )
   depth, deadline = out / "depth", time.monotonic() + 120
   while not depth.exists() or len(list(depth.glob("*.png"))) < frames:
     assert process.poll() is None and time.monotonic() < deadline
     time.sleep(0.05)
   for _ in range(interrupts):
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # As a terminal does.
     time.sleep(0.02)
   _, error = process.communicate(timeout=60)
   assert process.returncode == 130, error

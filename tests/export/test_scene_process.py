@@ -1,0 +1,169 @@
+"""Scenes written by another process: what goes wrong there is said here."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from point3r_jax.data.frames import Frame
+from point3r_jax.data.images import Preparation
+from point3r_jax.export import scene_process
+from point3r_jax.export.scene import (
+  OUTPUTS,
+  FrameResult,
+  OutputError,
+  SceneOptions,
+  SceneWriter,
+)
+from point3r_jax.export.scene_process import SceneProcess
+
+ROOT = pathlib.Path(__file__).parents[2]
+SIZE = (16, 32)
+
+
+def frame(number):
+  return Frame(
+    image=np.full((*SIZE, 3), number, np.uint8),
+    preparation=Preparation(SIZE, SIZE, (0, 0), SIZE),
+    source="film",
+    index=number,
+    timestamp=None,
+  )
+
+
+def result(number, maps=()):
+  def filled(value, *channels):
+    return np.full((*SIZE, *channels), value, np.float32)
+
+  values = {
+    "points_world": filled(number, 3),
+    "confidence_world": filled(1),
+    "depth": filled(number + 1),
+    "confidence_camera": filled(number + 2),
+  }
+  return FrameResult(
+    pose=np.float32([number, 0, 0, 1, 0, 0, 0]),
+    camera_to_world=np.eye(4, dtype=np.float32),
+    intrinsics=np.eye(3, dtype=np.float32),
+    **{name: x if name in maps else None for name, x in values.items()},
+  )
+
+
+def write(scene, frames):
+  for number in range(frames):
+    scene.put(frame(number), result(number, scene.maps))
+  scene.drain()
+
+
+def test_more_frames_than_there_is_room_for_at_once(tmp_path):
+  scene = SceneProcess(tmp_path, SceneOptions(tuple(OUTPUTS)), SIZE)
+  done = []
+  for number in range(40):
+    values = result(number, scene.maps)
+    scene.put(frame(number), values, lambda: done.append(time.monotonic()))
+    # What was handed over is the caller's again.
+    for name in scene.maps:
+      getattr(values, name)[:] = -1
+  scene.drain()
+  assert len(done) == 40
+  facts = scene.close(complete=True)
+  assert facts["cloud"]["added"] == 40 * 16 * 32
+  for number in range(40):
+    depth = np.asarray(Image.open(tmp_path / f"depth/{number:06d}.png"))
+    assert (depth == 1000 * (number + 1)).all()
+    with np.load(tmp_path / f"confidence/{number:06d}.npz") as file:
+      assert (file["confidence"] == number + 2).all()
+  cameras = json.loads((tmp_path / "cameras.json").read_text())
+  assert cameras["complete"] is True
+  assert [x["source_index"] for x in cameras["frames"]] == list(range(40))
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_an_output_needs_the_maps_that_it_names(tmp_path, output):
+  scene = SceneProcess(tmp_path, SceneOptions((output,)), SIZE)
+  write(scene, 2)
+  scene.close(complete=True)
+  assert (tmp_path / OUTPUTS[output]).exists()
+
+
+def test_a_process_that_is_killed_is_an_error(tmp_path):
+  scene = SceneProcess(tmp_path, SceneOptions(), SIZE)
+  write(scene, 1)
+  os.kill(scene._process.pid, signal.SIGKILL)
+  with pytest.raises(OutputError, match=r"ended by itself, with exit code -9"):
+    write(scene, 100)
+  with pytest.raises(OutputError, match=r"ended by itself"):
+    scene.close(complete=True)
+
+
+def test_files_that_cannot_be_made_are_an_error(tmp_path):
+  scene = SceneProcess(tmp_path / "missing", SceneOptions(), SIZE)
+  with pytest.raises(FileNotFoundError, match="missing"):
+    write(scene, 100)
+  with pytest.raises(FileNotFoundError, match="missing"):
+    scene.close(complete=True)
+
+
+class Peculiar(Exception):
+  """Cannot be made from its arguments."""
+
+  def __init__(self, one, two):
+    super().__init__(f"{one} and {two}")
+
+
+class Failing(SceneWriter):
+  def commit(self, prepared):
+    if prepared.frame.index == 3:
+      raise Peculiar("this", "that")
+    super().commit(prepared)
+
+
+def test_an_error_of_any_kind_arrives_and_the_rest_is_written(tmp_path):
+  scene = SceneProcess(tmp_path, SceneOptions(), SIZE, Failing)
+  with pytest.raises(OutputError, match="Peculiar: this and that"):
+    write(scene, 100)
+  assert scene.close(complete=False)["cloud"]["added"] == 3 * 16 * 32
+  assert len(list((tmp_path / "depth").iterdir())) == 4  # Its own map stays.
+
+
+class Slow(SceneWriter):
+  def commit(self, prepared):
+    time.sleep(0.05)
+    super().commit(prepared)
+
+
+def die(folder):
+  """Hands over ten frames and dies while they are written."""
+  scene = SceneProcess(folder, SceneOptions(), SIZE, Slow)
+  for number in range(10):
+    scene.put(frame(number), result(number, scene.maps))
+  os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_was_handed_over_is_written_if_the_program_dies(tmp_path):
+  code = (
+    "import pathlib, sys; from tests.export import test_scene_process as t; "
+    "t.die(pathlib.Path(sys.argv[1]))"
+  )
+  command = [sys.executable, "-c", code, tmp_path]
+  assert subprocess.run(command, cwd=ROOT).returncode == -signal.SIGKILL
+  deadline = time.monotonic() + 60
+  while not (tmp_path / "scene.ply").exists():
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+  cameras = json.loads((tmp_path / "cameras.json").read_text())
+  assert len(cameras["frames"]) == 10 and cameras["complete"] is False
+
+
+def test_the_slots_hold_all_maps():
+  fields = {field.name for field in dataclasses.fields(FrameResult)}
+  maps = set(scene_process._slot(SIZE).names) - {"image"}
+  assert maps == SceneOptions(tuple(OUTPUTS)).maps <= fields
