@@ -104,6 +104,12 @@ def _binned(
   return middle, np.array(table).T
 
 
+def _runs(flags: np.ndarray) -> np.ndarray:
+  """Returns where runs of true flags (T,) start and stop, (R, 2)."""
+  edges = np.diff(flags, prepend=False, append=False)
+  return np.flatnonzero(edges).reshape(-1, 2)
+
+
 def draw(contents: Mapping[str, Any], path: pathlib.Path) -> None:
   """Draws time and pointers a frame; the same numbers give the same file.
 
@@ -132,6 +138,11 @@ def draw(contents: Mapping[str, Any], path: pathlib.Path) -> None:
     )
     top.plot(middle, median, color=_TIME, linewidth=1.4, label="median")
     top.set_ylim(0, 1.25 * np.percentile(ms[keep], 99))
+    label = "while compiling"
+    beside = np.isin(np.arange(len(ms)), keep) & rows["compiling"]
+    for start, stop in _runs(beside):
+      top.axvspan(start, stop, color=_FAINT, alpha=0.15, lw=0, label=label)
+      label = None
 
     bottom.set_title("pointers")
     middle, (_, count, _) = _binned(
@@ -159,7 +170,7 @@ def draw(contents: Mapping[str, Any], path: pathlib.Path) -> None:
     for axes in (top, bottom):
       for frame in changes:
         axes.axvline(frame, color=_FAINT, linewidth=0.5, zorder=0)
-      axes.legend(loc="lower right", ncols=2)
+      axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
     figure.savefig(
       path, format="svg", metadata=dict.fromkeys(("Creator", "Date"))
     )

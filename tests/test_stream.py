@@ -1,6 +1,7 @@
 """The host-side stream: growth without loss, compile counts, overflow."""
 
 import logging
+import sys
 
 import chex
 import jax
@@ -278,6 +279,31 @@ def test_the_next_capacity_is_compiled_ahead(own_programs):
     assert stream.capacity == capacity
     stream.wait_for_compiles()
     assert len(stream.compile_seconds) == compiled
+
+
+def test_while_programs_are_made_threads_have_quick_turns():
+  turns, usual = stream_programs._QuickTurns(), sys.getswitchinterval()
+  with turns:
+    with turns:
+      assert sys.getswitchinterval() == pytest.approx(5e-4)
+    assert sys.getswitchinterval() == pytest.approx(5e-4)
+  assert sys.getswitchinterval() == usual
+
+
+def test_quick_turns_end_with_a_compilation_that_fails():
+  usual, seen = sys.getswitchinterval(), []
+  programs = stream_programs.StreamPrograms(
+    micro.CONFIG, p3r.StepOptions(), micro.IMAGE_SIZE, 1
+  )
+
+  def fail():
+    seen.append(sys.getswitchinterval())
+    raise MemoryError
+
+  with pytest.raises(MemoryError):
+    programs._submit("program", None, fail).result()
+  assert seen == [pytest.approx(5e-4)]
+  assert sys.getswitchinterval() == usual
 
 
 def test_calls_do_not_wait_when_they_need_not(monkeypatch):

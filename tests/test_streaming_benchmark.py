@@ -143,5 +143,7 @@ def test_the_plot_of_a_long_stream_is_small(tmp_path):
   pytest.importorskip("matplotlib")
   rows = {name: np.tile(values, 400) for name, values in ROWS.items()}
   rows["capacity"] = np.repeat([64, 128, 192], 1200)
+  rows["compiling"] = np.arange(3600) % 1200 < 300
   streaming_plot.draw({"each": rows}, tmp_path / "long.svg")
+  assert (tmp_path / "long.svg").read_text().count("while compiling") == 1
   assert (tmp_path / "long.svg").stat().st_size < 50_000
