@@ -7,6 +7,7 @@ own, in `point3r_jax.params`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -20,6 +21,11 @@ from point3r_jax.precision import Precision
 # What the backward pass computes again: nothing; all of a block but its linear
 # maps, and the dense heads; or whole blocks and dense heads.
 REMAT = ("none", "elementwise", "blocks")
+
+
+# Layers of one kind share what is traced and lowered of them; XLA has the same
+# program before it as without.
+_traced_once = functools.cache(nn.jit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +105,7 @@ class Compute:
         it.
     """
     if self.remat == "none":
-      return block
+      return block if scanned else _traced_once(block)
     policies = jax.checkpoint_policies
     return nn.remat(
       block,

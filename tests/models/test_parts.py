@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from point3r_jax.models import dpt, layers
 from point3r_jax.models.attention import attention
-from point3r_jax.models.encoder import patchify
+from point3r_jax.models.encoder import VisionTransformer, patchify
 from point3r_jax.models.heads import point_map, pose_encoding
 from point3r_jax.models.rotary import (
   apply_rotary,
@@ -199,3 +199,23 @@ def test_activations_have_finite_gradients_at_zero():
   assert jnp.isfinite(gradient).all()
   gradient = jax.jacobian(pose_encoding)(jnp.zeros(7))
   assert jnp.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize(("remat", "times"), [("none", 1), ("blocks", 5)])
+def test_layers_of_one_kind_are_traced_once(monkeypatch, remat, times):
+  """Unless a backward pass is to come: for that, layers may be scanned."""
+  traced = []
+  monkeypatch.setattr(
+    layers, "attention", lambda query, *_, **__: traced.append(1) or query
+  )
+  model = VisionTransformer(
+    width=16,
+    depth=5,
+    heads=2,
+    patch_size=16,
+    mlp_ratio=3,
+    compute=layers.Compute(get_precision("float32"), remat=remat),
+  )
+  image = jax.ShapeDtypeStruct((1, 16, 32, 3), np.float32)
+  jax.eval_shape(model.init, jax.random.key(0), image)
+  assert len(traced) == times
