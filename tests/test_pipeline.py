@@ -8,26 +8,18 @@ import jax
 import numpy as np
 import pytest
 
-from point3r_jax.data.frames import Frame
-from point3r_jax.data.images import Preparation
 from point3r_jax.export.scene import OutputError, SceneOptions, SceneWriter
 from point3r_jax.export.scene_process import SceneProcess
 from point3r_jax.pipeline import Progress, reconstruct
 from point3r_jax.streaming import StepOptions, empty_prediction
+from tests.scenes import SIZE, frame
 
-SIZE = (16, 32)
 FRAMES = 12
 
 
 def frames():
   for index in range(FRAMES):
-    yield Frame(
-      image=np.full((*SIZE, 3), index, np.uint8),
-      preparation=Preparation(SIZE, SIZE, (0, 0), SIZE),
-      source="film",
-      index=index,
-      timestamp=None,
-    )
+    yield frame(index, value=index)
 
 
 @dataclasses.dataclass

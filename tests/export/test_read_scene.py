@@ -3,13 +3,10 @@
 import numpy as np
 import pytest
 
-from point3r_jax.data.frames import Frame
-from point3r_jax.data.images import Preparation
 from point3r_jax.export import read_scene
 from point3r_jax.export.ply import read_ply, write_ply
 from point3r_jax.export.scene import FrameResult, SceneOptions, SceneWriter
-
-SIZE = (16, 32)
+from tests.scenes import SIZE, frame
 
 
 def write_scene(directory, frames=3, write=("scene", "cameras", "depth_npz")):
@@ -29,14 +26,7 @@ def write_scene(directory, frames=3, write=("scene", "cameras", "depth_npz")):
       confidence_camera=np.ones(SIZE, np.float32),
       intrinsics=np.diag([20.0 + index, 20.0 + index, 1]),
     )
-    frame = Frame(
-      image=np.full((*SIZE, 3), 100, np.uint8),
-      preparation=Preparation(SIZE, SIZE, (0, 0), SIZE),
-      source="film",
-      index=index,
-      timestamp=None,
-    )
-    writer.commit(writer.prepare(index, frame, result))
+    writer.commit(writer.prepare(index, frame(index), result))
     results.append(result)
   writer.close(True)
   return results

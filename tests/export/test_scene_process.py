@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from point3r_jax.data.frames import Frame
-from point3r_jax.data.images import Preparation
 from point3r_jax.export import scene_process
 from point3r_jax.export.scene import (
   OUTPUTS,
@@ -24,19 +22,9 @@ from point3r_jax.export.scene import (
   SceneWriter,
 )
 from point3r_jax.export.scene_process import SceneProcess
+from tests.scenes import SIZE, frame
 
 ROOT = pathlib.Path(__file__).parents[2]
-SIZE = (16, 32)
-
-
-def frame(number):
-  return Frame(
-    image=np.full((*SIZE, 3), number, np.uint8),
-    preparation=Preparation(SIZE, SIZE, (0, 0), SIZE),
-    source="film",
-    index=number,
-    timestamp=None,
-  )
 
 
 def result(number, maps=()):
