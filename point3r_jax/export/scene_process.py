@@ -62,11 +62,11 @@ def _slot(image_size: tuple[int, int]) -> np.dtype:
 class SceneProcess:
   """A `SceneWriter` in another process; frames go there by shared memory.
 
+  It is to be closed, come what may. A script that makes one must guard what it
+  does by `if __name__ == "__main__"`, as always with `multiprocessing`.
+
   Attributes:
     maps: the fields of a `FrameResult` as large as the image that it reads.
-
-  A script that makes one must guard what it does by `if __name__ ==
-  "__main__"`, as always with `multiprocessing`.
   """
 
   def __init__(
@@ -102,13 +102,15 @@ class SceneProcess:
     with _interrupts_blocked():
       self._process.start()
     theirs.close()  # So that the end of the process ends the connection.
-    # All that follows is shared with the thread that takes answers.
-    self._changed = threading.Condition()
     self._written: collections.deque[Callable[[], None]] = collections.deque()
+    # What follows is shared with the thread that takes answers.
+    self._changed = threading.Condition()
     self._put = self._answered = 0
     self._error: Exception | None = None
     self._facts: dict[str, Any] | None = None
-    self._thread = threading.Thread(target=self._take_answers, name="answers")
+    self._thread = threading.Thread(
+      target=self._take_answers, name="answers", daemon=True
+    )
     self._thread.start()
 
   def put(
@@ -126,7 +128,7 @@ class SceneProcess:
 
     Raises:
       OutputError: if an earlier frame could not be written; or what else went
-        wrong with one.
+        wrong with one, or was raised by `written`.
     """
     self._wait(_SLOTS - 1)
     maps = {name: getattr(result, name) for name in self.maps}
@@ -137,8 +139,8 @@ class SceneProcess:
       dataclasses.replace(frame, image=None),
       dataclasses.replace(result, **dict.fromkeys(maps)),
     )
+    self._written.append(written)
     with self._changed:
-      self._written.append(written)
       self._put += 1
     with contextlib.suppress(OSError):  # The next one to wait will be told.
       self._connection.send(message)
@@ -185,13 +187,16 @@ class SceneProcess:
         kind, answer = self._connection.recv()
       except (EOFError, OSError):
         kind, answer = _END, self._death()
+      if answer is None:
+        try:
+          self._written.popleft()()
+        except Exception as error:
+          answer = error
       with self._changed:
         if isinstance(answer, Exception):
           self._error = self._error or answer
         elif kind == _END:
           self._facts = answer
-        else:
-          self._written.popleft()()
         self._answered += kind == _FRAME
         self._changed.notify_all()
 

@@ -122,6 +122,15 @@ def test_an_error_of_any_kind_arrives_and_the_rest_is_written(tmp_path):
   assert len(list((tmp_path / "depth").iterdir())) == 4  # Its own map stays.
 
 
+def test_an_error_of_who_is_told_is_raised(tmp_path):
+  scene = SceneProcess(tmp_path, SceneOptions(("trajectory",)), SIZE)
+  scene.put(frame(0), result(0), lambda: 1 // 0)
+  with pytest.raises(ZeroDivisionError):
+    scene.drain()
+  scene.close(complete=False)
+  assert len((tmp_path / "trajectory.txt").read_text().splitlines()) == 2
+
+
 class Slow(SceneWriter):
   def commit(self, prepared):
     time.sleep(0.05)
