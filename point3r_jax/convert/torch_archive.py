@@ -36,6 +36,7 @@ _DTYPES = {
 }
 
 _MAX_NDIM = 32  # Of NumPy 1.
+_EMPTY = 1 << 20  # Bytes of an empty tensor if lengths of 0 were 1.
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -185,9 +186,11 @@ class TorchArchive:
     )
     if 0 not in view.size and (last + 1) * itemsize > capacity:
       return "reaches beyond the end of its data"
-    # Strides of 0 can make a few bytes into any number of elements.
+    # Strides of 0 can make a few bytes into any number of elements. NumPy
+    # refuses large lengths beside one of 0, too, but a few are harmless.
     nbytes = math.prod(max(length, 1) for length in view.size) * itemsize
-    if nbytes > max(self._size, entry.file_size):
+    allowed = max(self._size, entry.file_size, _EMPTY if 0 in view.size else 0)
+    if nbytes > allowed:
       return "is larger than the whole file"
     return None
 
