@@ -17,9 +17,9 @@ a walk through a made-up room, enlarged to 1080p, unless there is one of one's
 own.
 
 Random weights make noise: depth maps that do not compress, clouds in which
-hardly two points share a voxel. That is the most there is to write. So that
-time with trained weights can be told, too, "surfaces" says the same of maps of
-curved walls, which take the place of the predicted ones.
+hardly two points share a voxel. That is the most there is to write. "surfaces"
+says what it is when maps of curved walls take the place of the predicted ones,
+which is nearer to trained weights.
 """
 
 from __future__ import annotations
@@ -137,13 +137,14 @@ def time_writing(
   """Returns frames a second from file to files, and facts about the cloud."""
   stream.reset()
   folder.mkdir()
-  progress = Progress()
+  progress, finished = Progress(), False
   scene_process = SceneProcess(folder, SceneOptions(), stream.image_size)
   try:
     maker = Surfaces(stream) if surfaces else stream
     reconstruct(source, maker, scene_process, progress)
+    finished = True
   finally:
-    facts = scene_process.close(complete=True)
+    facts = scene_process.close(complete=finished)
   first = min(_WARM_UP, len(progress.seconds) // 4)
   counted = progress.seconds[first:]
   return _rate(len(counted), sum(counted)), facts["cloud"]

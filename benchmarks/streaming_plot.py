@@ -64,8 +64,7 @@ def summarize(rows: Mapping[str, Sequence[float]]) -> dict[str, Any]:
   if quarter:
     trend = float(np.median(last[-quarter:]) / np.median(last[:quarter]))
   grown = [int(i) for i in np.flatnonzero(np.diff(capacity)) + 1]
-  beside = np.asarray(rows["compiling"], bool)
-  beside = beside & np.append(False, np.diff(capacity) == 0)
+  beside = _beside_compiling(rows)
   overall = times(ms[keep])
   return {
     "ms": overall["ms"],
@@ -104,6 +103,12 @@ def _binned(
   return middle, np.array(table).T
 
 
+def _beside_compiling(rows: Mapping[str, Any]) -> np.ndarray:
+  """Returns which frames (T,) ran beside a compilation and did not wait."""
+  same = np.append(False, np.diff(rows["capacity"]) == 0)
+  return same & np.asarray(rows["compiling"], bool)
+
+
 def _runs(flags: np.ndarray) -> np.ndarray:
   """Returns where runs of true flags (T,) start and stop, (R, 2)."""
   edges = np.diff(flags, prepend=False, append=False)
@@ -139,8 +144,7 @@ def draw(contents: Mapping[str, Any], path: pathlib.Path) -> None:
     top.plot(middle, median, color=_TIME, linewidth=1.4, label="median")
     top.set_ylim(0, 1.25 * np.percentile(ms[keep], 99))
     label = "while compiling"
-    beside = np.isin(np.arange(len(ms)), keep) & rows["compiling"]
-    for start, stop in _runs(beside):
+    for start, stop in _runs(_beside_compiling(rows)):
       top.axvspan(start, stop, color=_FAINT, alpha=0.15, lw=0, label=label)
       label = None
 

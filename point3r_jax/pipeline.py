@@ -104,9 +104,12 @@ class _Writer:
     """Waits until all is written; raises what writing raised."""
     self._work.put(None)
     self._thread.join()
+    try:
+      self._scene.drain()
+    except Exception as error:
+      self._error = self._error or error
     if self._error:
       raise self._error
-    self._scene.drain()
 
   def _run(self) -> None:
     while item := self._work.get():
@@ -149,6 +152,7 @@ def reconstruct(
     frames: of the stream's image size.
     stream: a fresh or reset stream.
     scene: takes the results; to be closed by the caller, also after an error.
+      What it asks of a script stands there.
     progress: is told what has been done, also up to an error.
     report: called after each written frame, from another thread.
     stop: once set, ends the run after the frames under way are written.

@@ -29,8 +29,18 @@ _CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
-# Processes that write scenes are then forked from one that has imported this.
+# For `forked_writers`.
 multiprocessing.set_forkserver_preload(["point3r_jax.export.scene_process"])
+
+
+@pytest.fixture(autouse=True, scope="session")
+def forked_writers():
+  """Forks processes that write scenes from one that imports JAX only once."""
+  from point3r_jax.export import scene_process
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(scene_process, "_START_METHOD", "forkserver")
+    yield
 
 
 @pytest.fixture(autouse=True)

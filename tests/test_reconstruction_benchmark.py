@@ -42,9 +42,9 @@ def test_reads_steps_and_writes_the_same_frames(tmp_path):
   assert min(result[x] for x in ("read", "step", "written", "share")) > 0
   assert len(list((tmp_path / "output" / "depth").iterdir())) == 9
   # A fifth of each frame's pixels is left out.
-  share = {"rel": 0.01}
-  assert result["cloud"]["added"] == pytest.approx(9 * 0.8 * 32 * 48, **share)
+  near = {"rel": 0.01}
+  assert result["cloud"]["added"] == pytest.approx(9 * 0.8 * 32 * 48, **near)
   surfaces = result["surfaces"]
-  assert surfaces["cloud"]["added"] == pytest.approx(9 * 0.8 * 32 * 48, **share)
+  assert surfaces["cloud"]["added"] == pytest.approx(9 * 0.8 * 32 * 48, **near)
   depth = Image.open(tmp_path / "surfaces" / "depth" / "000000.png")
   assert np.min(depth) > 1400 and np.max(depth) < 2600

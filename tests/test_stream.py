@@ -1,5 +1,6 @@
 """The host-side stream: growth without loss, compile counts, overflow."""
 
+import contextlib
 import logging
 import sys
 
@@ -281,29 +282,41 @@ def test_the_next_capacity_is_compiled_ahead(own_programs):
     assert len(stream.compile_seconds) == compiled
 
 
-def test_while_programs_are_made_threads_have_quick_turns():
-  turns, usual = stream_programs._QuickTurns(), sys.getswitchinterval()
+def test_while_programs_are_made_threads_have_quick_turns(monkeypatch):
+  seconds = [5e-3]
+  monkeypatch.setattr(sys, "getswitchinterval", lambda: seconds[-1])
+  monkeypatch.setattr(sys, "setswitchinterval", seconds.append)
+  turns = stream_programs._QuickTurns()
   with turns:
     with turns:
-      assert sys.getswitchinterval() == pytest.approx(5e-4)
-    assert sys.getswitchinterval() == pytest.approx(5e-4)
-  assert sys.getswitchinterval() == usual
+      assert seconds == [5e-3, 5e-4]
+    assert seconds == [5e-3, 5e-4]
+  assert seconds == [5e-3, 5e-4, 5e-3]
 
 
-def test_quick_turns_end_with_a_compilation_that_fails():
-  usual, seen = sys.getswitchinterval(), []
+def test_quick_turns_end_with_a_compilation_that_fails(monkeypatch):
+  events = []
+
+  @contextlib.contextmanager
+  def turns():
+    events.append("enter")
+    try:
+      yield
+    finally:
+      events.append("leave")
+
+  monkeypatch.setattr(stream_programs, "_quick_turns", turns())
   programs = stream_programs.StreamPrograms(
     micro.CONFIG, p3r.StepOptions(), micro.IMAGE_SIZE, 1
   )
 
   def fail():
-    seen.append(sys.getswitchinterval())
+    events.append("fail")
     raise MemoryError
 
   with pytest.raises(MemoryError):
     programs._submit("program", None, fail).result()
-  assert seen == [pytest.approx(5e-4)]
-  assert sys.getswitchinterval() == usual
+  assert events == ["enter", "fail", "leave"]
 
 
 def test_calls_do_not_wait_when_they_need_not(monkeypatch):

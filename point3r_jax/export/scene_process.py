@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import dataclasses
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import pathlib
 import pickle
@@ -20,7 +21,7 @@ import queue
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -30,6 +31,7 @@ from point3r_jax.data.frames import Frame
 from point3r_jax.export.scene import (
   FrameResult,
   OutputError,
+  PreparedFrame,
   SceneOptions,
   SceneWriter,
 )
@@ -39,31 +41,33 @@ from point3r_jax.export.scene import (
 _SLOTS = 16
 # Frames whose maps are compressed side by side.
 _PREPARING = min(8, os.cpu_count() or 1)
+_START_METHOD = "spawn"
 
+# What says that there are no more frames, and whether those were all.
+_COMPLETE = {b"complete": True, b"incomplete": False}
 # Kinds of answers: to a frame, None or what went wrong; to the end, facts or
 # what went wrong.
 _FRAME, _END = "frame", "end"
 
 
-def _slot(image_size: tuple[int, int]) -> np.dtype:
-  """Returns the type of a frame in shared memory: its pixels, its maps."""
+def _slot(image_size: tuple[int, int], maps: Collection[str]) -> np.dtype:
+  """Returns the type of a frame in shared memory: maps, pixels for a cloud."""
   height, width = image_size
-  return np.dtype(
-    [
-      ("image", np.uint8, (height, width, 3)),
-      ("points_world", np.float32, (height, width, 3)),
-      ("confidence_world", np.float32, (height, width)),
-      ("depth", np.float32, (height, width)),
-      ("confidence_camera", np.float32, (height, width)),
-    ]
-  )
+  fields = [
+    (name, np.float32, (height, width, *((3,) if "points" in name else ())))
+    for name in sorted(maps)
+  ]
+  if "points_world" in maps:
+    fields.append(("image", np.uint8, (height, width, 3)))
+  return np.dtype(fields)
 
 
 class SceneProcess:
   """A `SceneWriter` in another process; frames go there by shared memory.
 
-  It is to be closed, come what may. A script that makes one must guard what it
-  does by `if __name__ == "__main__"`, as always with `multiprocessing`.
+  It is to be closed, come what may: that is when the cloud is written. A script
+  that makes one must guard what it does by `if __name__ == "__main__"`: the
+  process begins by importing it.
 
   Attributes:
     maps: the fields of a `FrameResult` as large as the image that it reads.
@@ -84,14 +88,11 @@ class SceneProcess:
       image_size: (H, W) of all frames.
       writer: makes the writer, in the process.
     """
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context(
-      "forkserver" if "forkserver" in methods else "spawn"
-    )
     self.maps = options.maps
-    dtype = _slot(image_size)
+    context = multiprocessing.get_context(_START_METHOD)
+    dtype = _slot(image_size, self.maps)
     shared = context.RawArray(ctypes.c_uint8, _SLOTS * dtype.itemsize)
-    self._slots = np.frombuffer(shared, dtype)
+    self._slots = np.ndarray(_SLOTS, dtype, shared)
     self._connection, theirs = context.Pipe()
     self._process = context.Process(
       target=_serve,
@@ -106,8 +107,9 @@ class SceneProcess:
     # What follows is shared with the thread that takes answers.
     self._changed = threading.Condition()
     self._put = self._answered = 0
-    self._error: Exception | None = None
-    self._facts: dict[str, Any] | None = None
+    self._closed = self._told = False
+    self._error: Exception | None = None  # Of a frame, the first one.
+    self._end: dict[str, Any] | Exception | None = None
     self._thread = threading.Thread(
       target=self._take_answers, name="answers", daemon=True
     )
@@ -127,23 +129,30 @@ class SceneProcess:
       written: called in another thread once the frame is in the files.
 
     Raises:
-      OutputError: if an earlier frame could not be written; or what else went
-        wrong with one, or was raised by `written`.
+      OutputError: if an earlier frame could not be written, or what else went
+        wrong with one or was raised by `written`; if this is closed.
+      ValueError: if a map is missing or of another size.
     """
     self._wait(_SLOTS - 1)
     maps = {name: getattr(result, name) for name in self.maps}
-    for name, values in {"image": frame.image, **maps}.items():
-      self._slots[name][self._put % _SLOTS] = values
-    message = (
-      self._put,
-      dataclasses.replace(frame, image=None),
-      dataclasses.replace(result, **dict.fromkeys(maps)),
-    )
-    self._written.append(written)
+    for name in self._slots.dtype.names:
+      values = frame.image if name == "image" else maps[name]
+      place = self._slots[name][self._put % _SLOTS]
+      if np.shape(values) != place.shape:
+        raise ValueError(
+          f"{name} of {place.shape} is needed for what is written, got "
+          f"{np.shape(values) if values is not None else None}"
+        )
+      place[...] = values
+    frame = dataclasses.replace(frame, image=None)
+    result = dataclasses.replace(result, **dict.fromkeys(self.maps))
+    message = pickle.dumps((self._put, frame, result))
     with self._changed:
+      self._check()
+      self._written.append(written)
       self._put += 1
-    with contextlib.suppress(OSError):  # The next one to wait will be told.
-      self._connection.send(message)
+      with contextlib.suppress(OSError):  # Answers end, which says why.
+        self._connection.send_bytes(message)
 
   def drain(self) -> None:
     """Waits until all frames are in the files; raises as `put` does."""
@@ -159,61 +168,94 @@ class SceneProcess:
       What `SceneWriter.close` does.
 
     Raises:
-      OutputError: if the process ended before.
+      OutputError: if the process ended before; or what went wrong with a frame
+        that no call has raised yet.
       OSError: if files could not be written.
     """
-    with contextlib.suppress(OSError):
-      self._connection.send(complete)
+    with self._changed:
+      if not self._closed:
+        self._closed = True
+        with contextlib.suppress(OSError):
+          self._connection.send_bytes(
+            b"complete" if complete else b"incomplete"
+          )
     self._thread.join()
     self._process.join()
     self._connection.close()
-    if self._facts is None:
+    self._slots = None
+    if isinstance(self._end, Exception):
+      raise self._end from self._error
+    if self._error and not self._told:
       raise self._error
-    return self._facts
+    return self._end
+
+  def _check(self) -> None:
+    """Raises what went wrong so far, if anything."""
+    if self._error:
+      self._told = True
+      raise self._error
+    if isinstance(self._end, Exception):
+      raise self._end
+    if self._closed:
+      raise OutputError("the scene is closed already")
 
   def _wait(self, under_way: int) -> None:
     """Waits until no more frames are under way; raises what went wrong."""
     with self._changed:
       self._changed.wait_for(
-        lambda: self._error or self._put - self._answered <= under_way
+        lambda: (
+          self._error
+          or self._end is not None
+          or self._put - self._answered <= under_way
+        )
       )
-      if self._error:
-        raise self._error
+      self._check()
 
   def _take_answers(self) -> None:
     kind = _FRAME
     while kind == _FRAME:
       try:
         kind, answer = self._connection.recv()
-      except (EOFError, OSError):
-        kind, answer = _END, self._death()
+      except Exception as error:  # EOFError or OSError, as far as is known.
+        kind, answer = _END, self._death(error)
       if answer is None:
         try:
           self._written.popleft()()
         except Exception as error:
           answer = error
       with self._changed:
-        if isinstance(answer, Exception):
+        if kind == _END:
+          self._end = answer
+        else:
           self._error = self._error or answer
-        elif kind == _END:
-          self._facts = answer
-        self._answered += kind == _FRAME
+          self._answered += 1
         self._changed.notify_all()
 
-  def _death(self) -> OutputError:
+  def _death(self, error: Exception) -> OutputError:
+    """Returns what to say of a connection that ended before its time."""
+    self._connection.close()
     self._process.join()
-    return OutputError(
+    code = self._process.exitcode
+    hint = "; is there enough memory?" if code == -signal.SIGKILL else ""
+    death = OutputError(
       "the process that writes the results ended by itself, with exit code "
-      f"{self._process.exitcode}; is there enough memory?"
+      f"{code}{hint}"
     )
+    death.__cause__ = error
+    return death
 
 
 @contextlib.contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-  """Keeps Ctrl-C from processes that are started within; it waits for us."""
+  """Keeps Ctrl-C from a process that is started within; it waits for us.
+
+  The process inherits that, until it can ignore it.
+  """
   if not hasattr(signal, "pthread_sigmask"):
     yield
     return
+  # Starting a process starts this one first, which lets interrupts in again.
+  multiprocessing.resource_tracker.ensure_running()
   previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
   try:
     yield
@@ -221,13 +263,21 @@ def _interrupts_blocked() -> Iterator[None]:
     signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
+def _ignore_interrupts() -> None:
+  """Leaves Ctrl-C to the other process, which will say what to do."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  if hasattr(signal, "pthread_sigmask"):
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def _portable(error: Exception) -> Exception:
   """Returns the error, or one that says the same, to be sent elsewhere."""
-  error.add_note("".join(traceback.format_exception(error)))
+  where = "".join(traceback.format_exception(error))
   try:
     pickle.loads(pickle.dumps(error))
   except Exception:
-    return OutputError(f"{type(error).__name__}: {error}")
+    error = OutputError(f"{type(error).__name__}: {error}")
+  error.add_note(where)
   return error
 
 
@@ -239,60 +289,79 @@ def _serve(
   directory: pathlib.Path,
   options: SceneOptions,
 ) -> None:
-  """Writes the frames that come, until one says that there are no more.
-
-  If the other process ends instead, what came is written nevertheless.
-  """
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # The other process will tell.
-
-  def answer(kind: str, content: Any) -> None:
-    with contextlib.suppress(OSError):
-      connection.send((kind, content))
-
+  """Runs in the process, from its start to its end."""
+  _ignore_interrupts()
   try:
     scene = writer(directory, options)
+    slots = np.ndarray(_SLOTS, dtype, shared)
+    end = _Server(connection, scene, slots, options.maps).serve()
   except Exception as error:
-    answer(_END, _portable(error))
-    return
-  slots = np.frombuffer(shared, dtype)
+    end = _portable(error)
+  with contextlib.suppress(OSError):
+    connection.send((_END, end))
 
-  def prepare(number, frame, result):
+
+class _Server:
+  """Writes the frames that come, and answers each."""
+
+  def __init__(
+    self,
+    connection: Connection,
+    scene: SceneWriter,
+    slots: np.ndarray,
+    maps: Collection[str],
+  ):
+    self._connection = connection
+    self._scene = scene
+    self._slots = slots
+    self._maps = maps
+    self._prepared: queue.SimpleQueue[
+      concurrent.futures.Future[PreparedFrame] | None
+    ] = queue.SimpleQueue()
+    self._error = None
+
+  def serve(self) -> dict[str, Any]:
+    """Writes until there are no more frames; returns the scene's facts.
+
+    If the other process is killed, what came is written nevertheless.
+    """
+    committing = threading.Thread(target=self._commit_all, name="commit")
+    committing.start()
+    complete = False
+    try:
+      with concurrent.futures.ThreadPoolExecutor(_PREPARING, "prepare") as pool:
+        while (message := self._connection.recv_bytes()) not in _COMPLETE:
+          self._prepared.put(pool.submit(self._prepare, message))
+        complete = _COMPLETE[message]
+    except (EOFError, OSError):
+      pass  # The other process is gone.
+    finally:
+      self._prepared.put(None)
+      committing.join()
+    return self._scene.close(complete and not self._error)
+
+  def _prepare(self, message: bytes) -> PreparedFrame:
+    number, frame, result = pickle.loads(message)
+
     def there(name):
-      return slots[name][number % _SLOTS]
+      return self._slots[name][number % _SLOTS]
 
-    return scene.prepare(
-      number,
-      dataclasses.replace(frame, image=there("image")),
-      dataclasses.replace(result, **{x: there(x) for x in options.maps}),
+    if "image" in self._slots.dtype.names:
+      frame = dataclasses.replace(frame, image=there("image"))
+    maps = {name: there(name) for name in self._maps}
+    return self._scene.prepare(
+      number, frame, dataclasses.replace(result, **maps)
     )
 
-  prepared = queue.SimpleQueue()
-
-  def commit() -> None:
+  def _commit_all(self) -> None:
     """Adds frames in order; none of those after one that went wrong."""
-    first_error = None
-    while work := prepared.get():
+    while work := self._prepared.get():
       try:
-        if first_error:
-          scene.discard(work.result())
+        if self._error:
+          self._scene.discard(work.result())
         else:
-          scene.commit(work.result())
+          self._scene.commit(work.result())
       except Exception as error:
-        first_error = first_error or _portable(error)
-      answer(_FRAME, first_error)
-
-  committing = threading.Thread(target=commit, name="commit")
-  committing.start()
-  complete = False
-  with concurrent.futures.ThreadPoolExecutor(_PREPARING, "prepare") as pool:
-    with contextlib.suppress(EOFError, OSError):
-      while not isinstance(message := connection.recv(), bool):
-        prepared.put(pool.submit(prepare, *message))
-      complete = message
-    prepared.put(None)
-    committing.join()
-  try:
-    facts = scene.close(complete)
-  except Exception as error:
-    facts = _portable(error)
-  answer(_END, facts)
+        self._error = self._error or _portable(error)
+      with contextlib.suppress(OSError):
+        self._connection.send((_FRAME, self._error))

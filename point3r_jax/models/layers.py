@@ -23,8 +23,8 @@ from point3r_jax.precision import Precision
 REMAT = ("none", "elementwise", "blocks")
 
 
-# Layers of one kind share what is traced and lowered of them; XLA has the same
-# program before it as without.
+# Layers of one kind share what is traced and lowered of them. XLA inlines that
+# and compiles the same as without. Profiles name all layers like the first one.
 _traced_once = functools.cache(nn.jit)
 
 
@@ -97,6 +97,8 @@ class Compute:
     self, block: type[nn.Module], scanned: bool = False
   ) -> type[nn.Module]:
     """Returns a transformer block that keeps what `remat` says.
+
+    If that is "none", all that are not scanned are traced once.
 
     Args:
       block: its class.

@@ -1,9 +1,11 @@
 """Scenes written by another process: what goes wrong there is said here."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
+import pickle
 import signal
 import subprocess
 import sys
@@ -56,12 +58,12 @@ def test_more_frames_than_there_is_room_for_at_once(tmp_path):
   done = []
   for number in range(40):
     values = result(number, scene.maps)
-    scene.put(frame(number), values, lambda: done.append(time.monotonic()))
+    scene.put(frame(number), values, functools.partial(done.append, number))
     # What was handed over is the caller's again.
     for name in scene.maps:
       getattr(values, name)[:] = -1
   scene.drain()
-  assert len(done) == 40
+  assert done == list(range(40))
   facts = scene.close(complete=True)
   assert facts["cloud"]["added"] == 40 * 16 * 32
   for number in range(40):
@@ -92,6 +94,18 @@ def test_a_process_that_is_killed_is_an_error(tmp_path):
     scene.close(complete=True)
 
 
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_ctrl_c_at_any_time_is_left_to_the_program(
+  tmp_path, monkeypatch, method
+):
+  monkeypatch.setattr(scene_process, "_START_METHOD", method)
+  scene = SceneProcess(tmp_path, SceneOptions(), SIZE)
+  for _ in range(3):
+    os.kill(scene._process.pid, signal.SIGINT)
+    write(scene, 1)
+  assert scene.close(complete=True)["cloud"]["added"] == 3 * 16 * 32
+
+
 def test_files_that_cannot_be_made_are_an_error(tmp_path):
   scene = SceneProcess(tmp_path / "missing", SceneOptions(), SIZE)
   with pytest.raises(FileNotFoundError, match="missing"):
@@ -116,10 +130,78 @@ class Failing(SceneWriter):
 
 def test_an_error_of_any_kind_arrives_and_the_rest_is_written(tmp_path):
   scene = SceneProcess(tmp_path, SceneOptions(), SIZE, Failing)
-  with pytest.raises(OutputError, match="Peculiar: this and that"):
+  with pytest.raises(OutputError, match="Peculiar: this and that") as caught:
     write(scene, 100)
+  assert "in commit" in "".join(caught.value.__notes__)
   assert scene.close(complete=False)["cloud"]["added"] == 3 * 16 * 32
   assert len(list((tmp_path / "depth").iterdir())) == 4  # Its own map stays.
+
+
+def test_closing_raises_what_nobody_was_told(tmp_path):
+  scene = SceneProcess(tmp_path, SceneOptions(), SIZE, Failing)
+  for number in range(4):
+    scene.put(frame(number), result(number, scene.maps))
+  with pytest.raises(OutputError, match="Peculiar"):
+    scene.close(complete=True)
+  cameras = json.loads((tmp_path / "cameras.json").read_text())
+  assert len(cameras["frames"]) == 3 and cameras["complete"] is False
+
+
+class FailingTwice(Failing):
+  def close(self, complete):
+    super().close(complete)
+    raise OSError("no room")
+
+
+def test_an_error_of_closing_is_not_hidden_by_an_earlier_one(tmp_path):
+  scene = SceneProcess(tmp_path, SceneOptions(), SIZE, FailingTwice)
+  with pytest.raises(OutputError, match="Peculiar"):
+    write(scene, 100)
+  with pytest.raises(OSError, match="no room"):
+    scene.close(complete=False)
+
+
+def test_nothing_is_taken_after_the_end(tmp_path):
+  scene = SceneProcess(tmp_path, SceneOptions(("trajectory",)), SIZE)
+  assert scene.close(complete=True) == {}
+  with pytest.raises(OutputError, match="closed already"):
+    scene.put(frame(0), result(0))
+  assert scene.close(complete=True) == {}
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"depth": None}, r"depth of \(16, 32\) is needed .* got None"),
+    ({"depth": np.float32(1)}, r"depth of \(16, 32\) is needed .* got \(\)"),
+  ],
+)
+def test_maps_must_be_there(tmp_path, changes, message):
+  scene = SceneProcess(tmp_path, SceneOptions(("depth",)), SIZE)
+  with pytest.raises(ValueError, match=message):
+    scene.put(frame(0), dataclasses.replace(result(0), **changes))
+  write(scene, 2)  # Nothing came of it.
+  scene.close(complete=True)
+  assert len(list((tmp_path / "depth").iterdir())) == 2
+
+
+class Unreadable:
+  """Can be sent, but not received."""
+
+  def __reduce__(self):
+    return int, ("none",)
+
+
+def test_what_cannot_be_sent_or_received_is_an_error(tmp_path):
+  scene = SceneProcess(tmp_path, SceneOptions(("trajectory",)), SIZE)
+  with pytest.raises((AttributeError, pickle.PicklingError)):
+    scene.put(dataclasses.replace(frame(0), source=lambda: 0), result(0))
+  write(scene, 1)
+  scene.put(dataclasses.replace(frame(1), source=Unreadable()), result(1))
+  with pytest.raises(ValueError, match="invalid literal"):
+    scene.drain()
+  scene.close(complete=False)
+  assert len((tmp_path / "trajectory.txt").read_text().splitlines()) == 2
 
 
 def test_an_error_of_who_is_told_is_raised(tmp_path):
@@ -160,7 +242,15 @@ def test_what_was_handed_over_is_written_if_the_program_dies(tmp_path):
   assert len(cameras["frames"]) == 10 and cameras["complete"] is False
 
 
-def test_the_slots_hold_all_maps():
+def test_a_slot_holds_what_is_written_and_no_more():
   fields = {field.name for field in dataclasses.fields(FrameResult)}
-  maps = set(scene_process._slot(SIZE).names) - {"image"}
-  assert maps == SceneOptions(tuple(OUTPUTS)).maps <= fields
+  pixels = SIZE[0] * SIZE[1]
+  for write, size in (
+    (("trajectory", "cameras"), 0),
+    (("depth", "depth_npz"), 4),
+    (("scene",), 3 * 4 + 4 + 3),
+    (tuple(OUTPUTS), 3 * 4 + 3 * 4 + 3),
+  ):
+    maps = SceneOptions(write).maps
+    assert maps <= fields
+    assert scene_process._slot(SIZE, maps).itemsize == size * pixels
