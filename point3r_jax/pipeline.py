@@ -152,7 +152,6 @@ def reconstruct(
     frames: of the stream's image size.
     stream: a fresh or reset stream.
     scene: takes the results; to be closed by the caller, also after an error.
-      What it asks of a script stands there.
     progress: is told what has been done, also up to an error.
     report: called after each written frame, from another thread.
     stop: once set, ends the run after the frames under way are written.

@@ -322,9 +322,6 @@ def _conclude(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-  """Runs the program; returns its exit code.
-
-  It starts a process. So a script calls this under `if __name__ == "__main__"`.
-  """
+  """Runs the program; returns its exit code."""
   flags = _parser().parse_args(arguments)
   return run(lambda: _run(flags))

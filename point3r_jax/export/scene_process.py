@@ -19,8 +19,10 @@ import pathlib
 import pickle
 import queue
 import signal
+import sys
 import threading
 import traceback
+import types
 from collections.abc import Callable, Collection, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
@@ -65,9 +67,7 @@ def _slot(image_size: tuple[int, int], maps: Collection[str]) -> np.dtype:
 class SceneProcess:
   """A `SceneWriter` in another process; frames go there by shared memory.
 
-  It is to be closed, come what may: that is when the cloud is written. A script
-  that makes one must guard what it does by `if __name__ == "__main__"`: the
-  process begins by importing it.
+  It is to be closed, come what may: that is when the cloud is written.
 
   Attributes:
     maps: the fields of a `FrameResult` as large as the image that it reads.
@@ -86,7 +86,8 @@ class SceneProcess:
       directory: that `prepare_folder` made.
       options: what to write and how.
       image_size: (H, W) of all frames.
-      writer: makes the writer, in the process.
+      writer: makes the writer, in the process; not of the main module, which is
+        not imported there.
     """
     self.maps = options.maps
     context = multiprocessing.get_context(_START_METHOD)
@@ -100,7 +101,7 @@ class SceneProcess:
       name="scene",
       daemon=True,
     )
-    with _interrupts_blocked():
+    with _interrupts_blocked(), _main_module_hidden():
       self._process.start()
     theirs.close()  # So that the end of the process ends the connection.
     self._written: collections.deque[Callable[[], None]] = collections.deque()
@@ -261,6 +262,20 @@ def _interrupts_blocked() -> Iterator[None]:
     yield
   finally:
     signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+@contextlib.contextmanager
+def _main_module_hidden() -> Iterator[None]:
+  """Keeps a process that is started within from importing the main module.
+
+  It has no need to: scripts are not run twice, and require no guard.
+  """
+  main = sys.modules["__main__"]
+  sys.modules["__main__"] = types.ModuleType("__main__")
+  try:
+    yield
+  finally:
+    sys.modules["__main__"] = main
 
 
 def _ignore_interrupts() -> None:

@@ -242,6 +242,32 @@ def test_what_was_handed_over_is_written_if_the_program_dies(tmp_path):
   assert len(cameras["frames"]) == 10 and cameras["complete"] is False
 
 
+@pytest.mark.parametrize("name", [None, "-"])
+def test_scripts_are_not_run_again_by_the_process(tmp_path, name):
+  """Neither one of a file nor one of standard input."""
+  script = tmp_path / "script.py"
+  script.write_text(
+    "import pathlib\n"
+    "from tests.export import test_scene_process as t\n"
+    "print('once')\n"
+    "folder = pathlib.Path('out')\n"
+    "folder.mkdir()\n"
+    "scene = t.SceneProcess(folder, t.SceneOptions(), t.SIZE)\n"
+    "t.write(scene, 2)\n"
+    "scene.close(complete=True)\n"
+  )
+  done = subprocess.run(
+    [sys.executable, name or script],
+    input=script.read_text(),
+    env={**os.environ, "PYTHONPATH": str(ROOT)},
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+  )
+  assert (done.returncode, done.stdout) == (0, "once\n"), done.stderr
+  assert (tmp_path / "out" / "scene.ply").exists()
+
+
 def test_a_slot_holds_what_is_written_and_no_more():
   fields = {field.name for field in dataclasses.fields(FrameResult)}
   pixels = SIZE[0] * SIZE[1]
