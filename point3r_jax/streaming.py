@@ -56,7 +56,7 @@ class StepOptions:
   Attributes:
     precision: "float32", "tf32", "bfloat16", "mixed" or a `Precision`; None:
       float32 on a CPU, bfloat16 on accelerators.
-    attention: "auto", "xla", "cudnn", "hopper" or "tpu", see
+    attention: "auto", "xla", "blocks", "cudnn", "hopper" or "tpu", see
       `models.attention`.
     fusion: False keeps all pointers (the paper's first training stage).
     fusion_divisor: the scene's extent over this is the fusion distance.

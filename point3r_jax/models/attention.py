@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-IMPLEMENTATIONS = ("auto", "xla", "cudnn", "hopper", "tpu")
+IMPLEMENTATIONS = ("auto", "xla", "blocks", "cudnn", "hopper", "tpu")
 
 # Channels of a head that GPUs' kernels take are multiples of these.
 _CUDNN_CHANNELS = 8
@@ -20,7 +20,10 @@ _HOPPER_CHANNELS = 16
 
 # Tokens come in blocks of so many. JAX's cuDNN attention has no gradient for
 # odd numbers of them.
-_TOKENS = {"cudnn": 2, "hopper": 8, "tpu": 128}
+_TOKENS = {"blocks": 1, "cudnn": 2, "hopper": 8, "tpu": 128}
+
+# Queries of a block of "blocks".
+_BLOCK = 128
 
 
 def _choose(query: jax.Array, forward_only: bool) -> str:
@@ -28,6 +31,8 @@ def _choose(query: jax.Array, forward_only: bool) -> str:
   backend, channels = jax.default_backend(), query.shape[-1]
   if backend == "tpu":
     return "tpu"
+  if backend == "cpu" and forward_only and query.shape[1] > _BLOCK:
+    return "blocks"
   half = query.dtype in (jnp.bfloat16, jnp.float16)
   if backend != "gpu" or not half or channels % _CUDNN_CHANNELS:
     return "xla"
@@ -56,12 +61,13 @@ def attention(
     value: (B, M, heads, d).
     query_length: (B,) int32, the valid prefix of queries; None: all.
     key_length: (B,) int32, the valid prefix of keys, at least 1; None: all.
-    implementation: "xla" (any type), "cudnn" (bfloat16 or float16, d a multiple
-      of 8), "hopper" (a kernel of ours for these GPUs: the same types, d a
-      multiple of 16), "tpu" (Pallas flash attention) or "auto" (by device and
-      type).
-    forward_only: whether no derivative is to come, for "auto": that of
-      "hopper" is cuDNN's, which then runs its own forward pass, too.
+    implementation: "xla" (any type), "blocks" (the same for a block of queries
+      at a time, for CPUs), "cudnn" (bfloat16 or float16, d a multiple of 8),
+      "hopper" (a kernel of ours for these GPUs: the same types, d a multiple of
+      16), "tpu" (Pallas flash attention) or "auto" (by device and type).
+    forward_only: whether no derivative is to come, for "auto": those of
+      "blocks" and "hopper" are XLA's and cuDNN's, which then run their own
+      forward passes, too.
 
   Returns:
     (B, N, heads, d) in the query's type; finite and without meaning beyond the
@@ -93,7 +99,14 @@ def attention(
   )
   if key_length is None and key.shape[1] != num_keys:
     key_length = jnp.full(key.shape[:1], num_keys, jnp.int32)
-  if implementation == "cudnn":
+  own = {"blocks": _blocks, "hopper": _hopper}.get(implementation)
+  if own is not None:
+    lengths = (
+      jnp.full(x.shape[:1], x.shape[1], jnp.int32) if length is None else length
+      for x, length in ((query, query_length), (key, key_length))
+    )
+    result = own(query, key, value, *lengths)
+  elif implementation == "cudnn":
     result = jax.nn.dot_product_attention(
       query,
       key,
@@ -101,12 +114,6 @@ def attention(
       key_value_seq_lengths=key_length,
       implementation="cudnn",
     )
-  elif implementation == "hopper":
-    lengths = (
-      jnp.full(x.shape[:1], x.shape[1], jnp.int32) if length is None else length
-      for x, length in ((query, query_length), (key, key_length))
-    )
-    result = _hopper(query, key, value, *lengths)
   else:
     result = _tpu_attention(query, key, value, key_length)
   return result[:, :num_queries]
@@ -133,9 +140,37 @@ def _divide_batch(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
   )
 
 
-@jax.custom_vjp
+def _with_derivatives_of(
+  implementation: str,
+) -> Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]:
+  """Gives (query, key, value, both lengths) → result another's derivatives."""
+
+  def decorate(forward):
+    kernel = jax.custom_vjp(forward)
+
+    def save(*operands):
+      return kernel(*operands), operands
+
+    def backward(operands, gradient):
+      *operands, _, key_length = operands
+
+      def other(*operands):
+        return attention(
+          *operands, key_length=key_length, implementation=implementation
+        )
+
+      _, pullback = jax.vjp(other, *operands)
+      return *pullback(gradient), None, None
+
+    kernel.defvjp(save, backward)
+    return kernel
+
+  return decorate
+
+
+@_with_derivatives_of("cudnn")
 def _hopper(query, key, value, query_length, key_length):
-  """`hopper_attention` with the derivatives of cuDNN's attention."""
+  """`hopper_attention`, for a mesh, too."""
   # JAX does not have it for all platforms.
   from point3r_jax.models.hopper_attention import hopper_attention
 
@@ -144,20 +179,31 @@ def _hopper(query, key, value, query_length, key_length):
   )
 
 
-def _hopper_forward(*operands):
-  return _hopper(*operands), operands
+@_with_derivatives_of("xla")
+def _blocks(query, key, value, query_length, key_length):
+  """Attention of as many blocks of queries as hold valid ones; else zeros.
 
+  A CPU's cache holds the scores of a block, unlike those of all queries.
+  """
+  num_queries = query.shape[1]
+  query = _pad_tokens(query, _BLOCK).swapaxes(1, 2)
+  key, value = key.transpose(0, 2, 3, 1), value.swapaxes(1, 2)
+  valid = jnp.arange(key.shape[-1]) < key_length[:, None, None, None]
 
-def _hopper_backward(operands, gradient):
-  *operands, _, key_length = operands
-  _, pullback = jax.vjp(
-    lambda *x: attention(*x, key_length=key_length, implementation="cudnn"),
-    *operands,
-  )
-  return *pullback(gradient), None, None
+  def attend(block, result):
+    rows = jax.lax.dynamic_slice_in_dim(query, block * _BLOCK, _BLOCK, 2)
+    scores = jnp.matmul(rows, key, preferred_element_type=jnp.float32)
+    scores = jnp.where(valid, scores * rows.shape[-1] ** -0.5, -jnp.inf)
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    total = jnp.matmul(
+      weights.astype(value.dtype), value, preferred_element_type=jnp.float32
+    )
+    rows = (total / weights.sum(axis=-1, keepdims=True)).astype(result.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(result, rows, block * _BLOCK, 2)
 
-
-_hopper.defvjp(_hopper_forward, _hopper_backward)
+  blocks = (query_length.max() + _BLOCK - 1) // _BLOCK
+  result = jax.lax.fori_loop(0, blocks, attend, jnp.zeros_like(query))
+  return result.swapaxes(1, 2)[:, :num_queries]
 
 
 def _tpu_attention(

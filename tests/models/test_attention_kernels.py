@@ -1,8 +1,9 @@
-"""Kernels for attention: gradients, and over meshes."""
+"""Kernels for attention: values, gradients, and over meshes."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -42,6 +43,63 @@ def lowered_over_a_mesh(program, arrays, platform):
     traced = program.trace(*jax.device_put(arrays, split))
   lowered = traced.lower(lowering_platforms=(platform,))
   return str(traced.jaxpr), lowered.as_text()
+
+
+def blocks(query, key, value, query_length, key_length):
+  return attention(
+    query,
+    key,
+    value,
+    query_length=query_length,
+    key_length=key_length,
+    implementation="blocks",
+  )
+
+
+@pytest.mark.parametrize("tokens", [1, 127, 128, 300])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_blocks_of_queries(tokens, dtype):
+  """Rows of blocks that hold no valid query are zero."""
+  rng = np.random.default_rng(tokens)
+  query = rng.standard_normal((2, tokens, 3, 8)).astype(dtype)
+  key, value = rng.standard_normal((2, 2, 150, 3, 8)).astype(dtype)
+  lengths = np.array([tokens, 1], np.int32), np.array([1, 140], np.int32)
+  expected = jax.nn.dot_product_attention(
+    query, key, value, key_value_seq_lengths=lengths[1], implementation="xla"
+  )
+  result = jax.jit(blocks)(query, key, value, *lengths)
+  assert result.dtype == dtype
+  near = {"atol": 1e-6 if dtype == np.float32 else 2e-2}
+  np.testing.assert_allclose(
+    result.astype(np.float32), expected.astype(np.float32), **near
+  )
+  few = jax.jit(blocks)(
+    query, key, value, np.minimum(lengths[0], 100), lengths[1]
+  )
+  np.testing.assert_array_equal(few[:, :128], result[:, :128])
+  assert not few[:, 128:].any()
+
+
+def test_blocks_have_derivatives():
+  expected = gradient("xla")(*operands(2))
+  result = gradient("blocks")(*operands(2))
+  for x, y in zip(result, expected, strict=True):
+    np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("tokens", "forward_only", "name"),
+  [(129, True, "blocks"), (128, True, "xla"), (129, False, "xla")],
+)
+def test_a_cpu_takes_blocks_of_many_queries(tokens, forward_only, name):
+  x = jnp.zeros((1, tokens, 1, 8))
+
+  def jaxpr(**options):
+    return str(jax.make_jaxpr(lambda x: attention(x, x, x, **options))(x))
+
+  chosen = jaxpr(implementation="auto", forward_only=forward_only)
+  assert ("while" in chosen) == (name == "blocks")
+  assert ("while" in jaxpr(implementation=name)) == (name == "blocks")
 
 
 def test_the_tpu_kernels_gradient():

@@ -130,7 +130,7 @@ def test_patchify_is_row_major():
 
 
 @pytest.mark.parametrize("lengths", [None, (1, 150), (150, 3)])
-@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+@pytest.mark.parametrize("implementation", ["xla", "blocks", "tpu"])
 def test_attention_is_softmax_over_the_valid_keys(implementation, lengths):
   rng = np.random.default_rng(0)
   query = rng.standard_normal((2, 9, 2, 16)).astype(np.float32)
