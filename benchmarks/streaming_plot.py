@@ -22,6 +22,11 @@ _BINS = 200
 _FAINT, _TIME, _POINTERS = "#8c8c8c", "#b4361c", "#2b5c8a"
 
 
+def _without_growth(rows: Mapping[str, Any]) -> np.ndarray:
+  """Returns (T,) bool: not the first frame, nor one that makes memory grow."""
+  return np.append(False, np.diff(rows["capacity"]) == 0)
+
+
 def steady(rows: Mapping[str, Sequence[float]]) -> np.ndarray:
   """Returns (T,) bool: frames that have nothing to do with growth.
 
@@ -31,9 +36,7 @@ def steady(rows: Mapping[str, Sequence[float]]) -> np.ndarray:
   Args:
     rows: values of every frame, at least "capacity" and "compiling".
   """
-  capacity = np.asarray(rows["capacity"])
-  same = np.append(False, capacity[1:] == capacity[:-1])
-  keep = same & ~np.asarray(rows["compiling"], bool)
+  keep = _without_growth(rows) & ~np.asarray(rows["compiling"], bool)
   return keep if keep.any() else np.ones_like(keep)
 
 
@@ -105,8 +108,7 @@ def _binned(
 
 def _beside_compiling(rows: Mapping[str, Any]) -> np.ndarray:
   """Returns which frames (T,) ran beside a compilation and did not wait."""
-  same = np.append(False, np.diff(rows["capacity"]) == 0)
-  return same & np.asarray(rows["compiling"], bool)
+  return _without_growth(rows) & np.asarray(rows["compiling"], bool)
 
 
 def _runs(flags: np.ndarray) -> np.ndarray:
@@ -132,7 +134,7 @@ def draw(contents: Mapping[str, Any], path: pathlib.Path) -> None:
     rows = contents["each"]
     ms, capacity = np.asarray(rows["ms"]), np.asarray(rows["capacity"])
     # Frames beside a compilation are shown, unlike those that wait for it.
-    keep = np.flatnonzero(np.append(False, np.diff(capacity) == 0))
+    keep = np.flatnonzero(_without_growth(rows))
     keep = keep if keep.size else np.arange(len(ms))
     figure = Figure((7, 4.4), dpi=100, layout="constrained", facecolor="white")
     top, bottom = figure.subplots(2, 1, sharex=True)

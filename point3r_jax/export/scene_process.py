@@ -45,8 +45,8 @@ _SLOTS = 16
 _PREPARING = min(8, os.cpu_count() or 1)
 _START_METHOD = "spawn"
 
-# What says that there are no more frames, and whether those were all.
-_COMPLETE = {b"complete": True, b"incomplete": False}
+# What says that there are no more frames; the second, that those were all.
+_LAST = (b"incomplete", b"complete")
 # Kinds of answers: to a frame, None or what went wrong; to the end, facts or
 # what went wrong.
 _FRAME, _END = "frame", "end"
@@ -135,9 +135,8 @@ class SceneProcess:
       ValueError: if a map is missing or of another size.
     """
     self._wait(_SLOTS - 1)
-    maps = {name: getattr(result, name) for name in self.maps}
     for name in self._slots.dtype.names:
-      values = frame.image if name == "image" else maps[name]
+      values = frame.image if name == "image" else getattr(result, name)
       place = self._slots[name][self._put % _SLOTS]
       if np.shape(values) != place.shape:
         raise ValueError(
@@ -177,9 +176,7 @@ class SceneProcess:
       if not self._closed:
         self._closed = True
         with contextlib.suppress(OSError):
-          self._connection.send_bytes(
-            b"complete" if complete else b"incomplete"
-          )
+          self._connection.send_bytes(_LAST[complete])
     self._thread.join()
     self._process.join()
     self._connection.close()
@@ -309,7 +306,7 @@ def _serve(
   try:
     scene = writer(directory, options)
     slots = np.ndarray(_SLOTS, dtype, shared)
-    end = _Server(connection, scene, slots, options.maps).serve()
+    end = _Server(connection, scene, slots).serve()
   except Exception as error:
     end = _portable(error)
   with contextlib.suppress(OSError):
@@ -320,16 +317,11 @@ class _Server:
   """Writes the frames that come, and answers each."""
 
   def __init__(
-    self,
-    connection: Connection,
-    scene: SceneWriter,
-    slots: np.ndarray,
-    maps: Collection[str],
+    self, connection: Connection, scene: SceneWriter, slots: np.ndarray
   ):
     self._connection = connection
     self._scene = scene
     self._slots = slots
-    self._maps = maps
     self._prepared: queue.SimpleQueue[
       concurrent.futures.Future[PreparedFrame] | None
     ] = queue.SimpleQueue()
@@ -345,9 +337,9 @@ class _Server:
     complete = False
     try:
       with concurrent.futures.ThreadPoolExecutor(_PREPARING, "prepare") as pool:
-        while (message := self._connection.recv_bytes()) not in _COMPLETE:
+        while (message := self._connection.recv_bytes()) not in _LAST:
           self._prepared.put(pool.submit(self._prepare, message))
-        complete = _COMPLETE[message]
+        complete = message == _LAST[True]
     except (EOFError, OSError):
       pass  # The other process is gone.
     finally:
@@ -357,13 +349,9 @@ class _Server:
 
   def _prepare(self, message: bytes) -> PreparedFrame:
     number, frame, result = pickle.loads(message)
-
-    def there(name):
-      return self._slots[name][number % _SLOTS]
-
-    if "image" in self._slots.dtype.names:
-      frame = dataclasses.replace(frame, image=there("image"))
-    maps = {name: there(name) for name in self._maps}
+    names = self._slots.dtype.names
+    maps = {name: self._slots[name][number % _SLOTS] for name in names}
+    frame = dataclasses.replace(frame, image=maps.pop("image", None))
     return self._scene.prepare(
       number, frame, dataclasses.replace(result, **maps)
     )

@@ -1,5 +1,6 @@
 """reconstruct.py from end to end: all kinds of input, outputs that hold."""
 
+import functools
 import json
 import os
 import pathlib
@@ -20,7 +21,8 @@ from point3r_jax.checkpoints import write_config
 from point3r_jax.cli import reconstruct as cli
 from point3r_jax.data.frames import open_frames
 from point3r_jax.export import scene
-from point3r_jax.export.scene import OUTPUTS
+from point3r_jax.export.scene import OUTPUTS, SceneWriter
+from point3r_jax.export.scene_process import SceneProcess
 from tests import micro
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -258,19 +260,24 @@ def test_folders_of_others_are_never_overwritten(
   assert (out / "depth" / "000000.png").read_text() == "somebody's measurements"
 
 
-def test_a_file_that_cannot_be_written_is_one_line(
+class FullDisk(SceneWriter):
+  def close(self, complete):
+    def full(*_):
+      raise OSError(28, "No space left on device")
+
+    scene.write_ply = full  # Of this process alone.
+    return super().close(complete)
+
+
+def test_a_full_disk_is_one_line(
   checkpoint, photos, tmp_path, monkeypatch, capsys
 ):
-  def with_an_obstacle(*arguments):
-    folder = scene.prepare_folder(*arguments)
-    (folder / "scene.ply").mkdir()
-    return folder
-
-  monkeypatch.setattr(cli, "prepare_folder", with_an_obstacle)
+  process = functools.partial(SceneProcess, writer=FullDisk)
+  monkeypatch.setattr(cli, "SceneProcess", process)
   assert reconstruct(checkpoint, tmp_path / "out", [photos]) == 2
-  error = capsys.readouterr().err
-  assert error.startswith("error: [Errno 21] Is a directory: ")
-  assert "scene.ply" in error and error.count("\n") == 1
+  assert (
+    capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
+  )
   summary = json.loads((tmp_path / "out" / "summary.json").read_text())
   assert summary["frames"] == 8
   cameras = json.loads((tmp_path / "out" / "cameras.json").read_text())

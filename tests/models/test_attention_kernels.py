@@ -1,5 +1,7 @@
 """Kernels for attention: values, gradients, and over meshes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,17 +47,6 @@ def lowered_over_a_mesh(program, arrays, platform):
   return str(traced.jaxpr), lowered.as_text()
 
 
-def blocks(query, key, value, query_length, key_length):
-  return attention(
-    query,
-    key,
-    value,
-    query_length=query_length,
-    key_length=key_length,
-    implementation="blocks",
-  )
-
-
 @pytest.mark.parametrize("tokens", [1, 127, 128, 300])
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_blocks_of_queries(tokens, dtype):
@@ -63,19 +54,20 @@ def test_blocks_of_queries(tokens, dtype):
   rng = np.random.default_rng(tokens)
   query = rng.standard_normal((2, tokens, 3, 8)).astype(dtype)
   key, value = rng.standard_normal((2, 2, 150, 3, 8)).astype(dtype)
-  lengths = np.array([tokens, 1], np.int32), np.array([1, 140], np.int32)
+  length, key_length = np.array([[tokens, 1], [1, 140]], np.int32)
   expected = jax.nn.dot_product_attention(
-    query, key, value, key_value_seq_lengths=lengths[1], implementation="xla"
+    query, key, value, key_value_seq_lengths=key_length, implementation="xla"
   )
-  result = jax.jit(blocks)(query, key, value, *lengths)
+  blocks = jax.jit(
+    functools.partial(attention, query, key, value, implementation="blocks")
+  )
+  result = blocks(query_length=length, key_length=key_length)
   assert result.dtype == dtype
   near = {"atol": 1e-6 if dtype == np.float32 else 2e-2}
   np.testing.assert_allclose(
     result.astype(np.float32), expected.astype(np.float32), **near
   )
-  few = jax.jit(blocks)(
-    query, key, value, np.minimum(lengths[0], 100), lengths[1]
-  )
+  few = blocks(query_length=np.minimum(length, 100), key_length=key_length)
   np.testing.assert_array_equal(few[:, :128], result[:, :128])
   assert not few[:, 128:].any()
 
