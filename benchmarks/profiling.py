@@ -6,7 +6,8 @@ import collections
 import pathlib
 import re
 import tempfile
-from typing import Any
+import time
+from typing import Any, NamedTuple
 
 import jax
 
@@ -23,6 +24,8 @@ _PARTS = (
 )
 _STEPS = 2
 _KERNELS = 40
+# What XLA's host does before it launches the first of a step's kernels.
+_PREPARATION = "Thunks::Initialize"
 
 
 def _part(scope: str) -> str:
@@ -36,19 +39,37 @@ def _part(scope: str) -> str:
   return f"the rest, {direction}"
 
 
-def _events(folder: str):
-  """Yields the kernels in a profile of the first GPU."""
+class _Event(NamedTuple):
+  """A kernel or what the host does; the operation is the compiled program's."""
+
+  name: str
+  operation: str
+  ms: float
+
+
+def _events(folder: str) -> tuple[list[_Event], list[_Event]]:
+  """Returns the first GPU's kernels in a profile, and the host's events."""
   (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
+  kernels, host = [], []
   for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-    if not plane.name.startswith("/device:GPU:0"):
-      continue
     for line in plane.lines:
-      if "Stream" in line.name:
-        yield from line.events
+      gpu = plane.name.startswith("/device:GPU:0") and "Stream" in line.name
+      if gpu or plane.name.startswith("/host"):
+        (kernels if gpu else host).extend(
+          _Event(
+            event.name,
+            str(dict(event.stats).get("hlo_op", event.name)) if gpu else "",
+            event.duration_ns / 1e6,
+          )
+          for event in line.events
+        )
+  return kernels, host
 
 
 def profile(compiled: Any, state: Any, batch: Any) -> str:
   """Profiles two steps; returns a table of milliseconds a step.
+
+  XLA launches no CUDA graphs meanwhile, but kernel by kernel.
 
   Args:
     compiled: a step that donates its state.
@@ -62,21 +83,25 @@ def profile(compiled: Any, state: Any, batch: Any) -> str:
   )
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
+      started = time.perf_counter()
       for _ in range(_STEPS):
         state, metrics = compiled(state, batch)
         jax.block_until_ready(metrics)
-    events = list(_events(folder))
+      step = 1e3 * (time.perf_counter() - started) / _STEPS
+    events, host = _events(folder)
+  preparation = sum(x.ms for x in host if x.name == _PREPARATION) / _STEPS
   parts, kernels, launches = (collections.Counter() for _ in range(3))
   for event in events:
-    operation = str(dict(event.stats).get("hlo_op", event.name))
-    scope = scopes.get(operation, "")
-    ms = event.duration_ns / 1e6 / _STEPS
+    scope = scopes.get(event.operation, "")
+    ms = event.ms / _STEPS
     parts[_part(scope)] += ms
     launches[_part(scope)] += 1 / _STEPS
     kernel = re.sub(r"<.*|[\d.]+", "", event.name)[:50]
     kernels[f"{kernel} {'/'.join(scope.split('/')[-3:])[-70:]}"] += ms
+  busy = sum(parts.values())
   lines = [
-    f"{sum(parts.values()):8.1f} ms in {sum(launches.values()):.0f} kernels",
+    f"{busy:8.1f} ms in {sum(launches.values()):.0f} kernels",
+    f"{step - busy:8.1f} ms without; the host prepares for {preparation:.1f}",
     *(
       f"{ms:8.1f} ms in {launches[part]:6.0f}: {part}"
       for part, ms in parts.most_common()

@@ -3,10 +3,13 @@
   python -m benchmarks.training --case stage1 stage2 stage3
   python -m benchmarks.training --case stage1 --fsdp 2 --profile
 
-Prints a line of JSON for each case: median milliseconds a step, frames a
-second, arithmetic and the share of the device's peak that it makes, peak
-memory. Arithmetic is that of the loss and its gradient at the memory's static
-sizes, without what is computed again. `--case tiny` runs on a CPU in minutes.
+Prints a line of JSON for each case: median milliseconds of steps that are
+waited for, with frames a second, arithmetic and its share of the device's peak;
+the mean of as many steps that are not waited for, as in training; peak memory.
+Arithmetic is that of the loss and its gradient at the memory's static sizes,
+without what is computed again. `--case tiny` runs on a CPU in minutes.
+
+`--xla NAME=VALUE` sets an option of the compiler, for this step alone.
 """
 
 from __future__ import annotations
@@ -64,6 +67,14 @@ def random_batch(
   }
 
 
+def compiler_option(word: str) -> tuple[str, bool | str]:
+  """Reads NAME=VALUE."""
+  name, equals, value = word.partition("=")
+  if not (name and equals):
+    raise argparse.ArgumentTypeError(f"{word!r} is not of the form NAME=VALUE")
+  return name, {"true": True, "false": False}.get(value.lower(), value)
+
+
 def make_config(case: str, flags: argparse.Namespace) -> ConfigDict:
   """Returns a stage's config with the flags' changes."""
   module, sequences, image_size = CASES[case]
@@ -87,7 +98,7 @@ def measure(experiment: Experiment, flags: argparse.Namespace) -> dict:
   (image_size,) = config.image_sizes
   started = time.perf_counter()
   compiled = lower_step(experiment, (config.views, *image_size)).compile(
-    compiler_options(config.cuda_graphs)
+    {**(compiler_options(config.cuda_graphs) or {}), **flags.xla}
   )
   compile_seconds = time.perf_counter() - started
 
@@ -105,6 +116,11 @@ def measure(experiment: Experiment, flags: argparse.Namespace) -> dict:
     times.append(time.perf_counter() - started)
   times = times[_WARMUP:]
   seconds = statistics.median(times)
+  started = time.perf_counter()
+  for _ in range(flags.steps):
+    state, metrics = compiled(state, batch)
+  jax.block_until_ready(metrics)
+  in_flight = (time.perf_counter() - started) / flags.steps
   if flags.profile:
     print(profile(compiled, state, batch), flush=True)
 
@@ -120,9 +136,11 @@ def measure(experiment: Experiment, flags: argparse.Namespace) -> dict:
     "image_size": image_size,
     **{x: config.rollout[x] for x in ("precision", "remat", "sizes")},
     "cuda_graphs": config.cuda_graphs,
+    "xla": flags.xla,
     "scan_layers": config.model.scan_layers,
     "ms_per_step": round(1e3 * seconds, 1),
     "ms_min_max": [round(1e3 * t, 1) for t in (min(times), max(times))],
+    "ms_not_waited_for": round(1e3 * in_flight, 1),
     "frames_per_s": round(config.batch_size * config.views / seconds, 1),
     "tflop_per_step": round(flops / 1e12, 2),
     "tflop_per_s_and_device": round(rate / 1e12, 1),
@@ -147,6 +165,14 @@ def main() -> None:
   parser.add_argument(
     "--unrolled", action="store_true", help="layers not scanned"
   )
+  parser.add_argument(
+    "--xla",
+    nargs="+",
+    type=compiler_option,
+    default=[],
+    metavar="NAME=VALUE",
+    help="options of the compiler",
+  )
   parser.add_argument("--batch", type=int, help="sequences a device")
   parser.add_argument("--fsdp", type=int, default=1)
   parser.add_argument("--steps", type=int, default=20)
@@ -154,6 +180,7 @@ def main() -> None:
     "--profile", action="store_true", help="also say where the time goes (GPU)"
   )
   flags = parser.parse_args()
+  flags.xla = dict(flags.xla)
   for case in flags.case:
     result = measure(open_experiment(make_config(case, flags)), flags)
     print(json.dumps({"case": case, **result}), flush=True)
