@@ -37,10 +37,9 @@ from point3r_jax.array_files import (
 from point3r_jax.config import PRESETS, ModelConfig, preset
 from point3r_jax.params import (
   cast_params,
-  flat_shapes,
+  check_params,
   init_params,
   merge,
-  param_shapes,
   stack_layers,
   unstack_layers,
 )
@@ -57,40 +56,12 @@ STEPS = "checkpoints"
 UNTRAINED = "untrained:"
 
 
-def list_problems(problems: Mapping[str, Sequence[str]]) -> str:
-  """Says how many names of each kind there are, and which; none is left out."""
-  return "; ".join(
-    f"{len(names)} {kind}: {', '.join(names)}"
-    for kind, names in problems.items()
-    if names
-  )
-
-
-def check_params(config: ModelConfig, params: Mapping[str, Any]) -> None:
+def _check(config: ModelConfig, params: Mapping[str, Any]) -> None:
   """Raises CheckpointError unless the tree is just what the config needs."""
-  want = flat_shapes(param_shapes(config))
-  have = flat_shapes(params)
-  if want == have:
-    return
-  other = config.replace(scan_layers=not config.scan_layers)
-  if flat_shapes(param_shapes(other)) == have:
-    raise CheckpointError(
-      f"the layers of the parameters are {'' if other.scan_layers else 'not '}"
-      f"stacked, but the model config has scan_layers={config.scan_layers}; "
-      f"make that {other.scan_layers}"
-    )
-  problems = {
-    "missing": sorted(set(want) - set(have)),
-    "unexpected": sorted(set(have) - set(want)),
-    "of another shape": [
-      f"{name} {have[name]} instead of {want[name]}"
-      for name in sorted(set(want) & set(have))
-      if want[name] != have[name]
-    ],
-  }
-  raise CheckpointError(
-    f"parameters do not fit the model config: {list_problems(problems)}"
-  )
+  try:
+    check_params(config, params)
+  except ValueError as error:
+    raise CheckpointError(str(error)) from error
 
 
 def save_checkpoint(
@@ -113,7 +84,7 @@ def save_checkpoint(
   Raises:
     CheckpointError: if the directory exists, or the parameters do not fit.
   """
-  check_params(config, params)
+  _check(config, params)
   directory = pathlib.Path(directory).absolute()
   if directory.exists() and not overwrite:
     raise CheckpointError(f"{directory} exists; choose another or overwrite it")
@@ -281,7 +252,7 @@ def load_params_to_host(
     params = read_arrays(arrays / PARAMS)
   if ema:  # Of the trained parameters only; the others did not change.
     params = merge(params, read_arrays(arrays / EMA))
-  check_params(config, params)
+  _check(config, params)
   if config.scan_layers:
     config, params = config.replace(scan_layers=False), unstack_layers(params)
   return config, params

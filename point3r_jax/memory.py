@@ -91,17 +91,20 @@ def init_memory(
       f"capacity {capacity} cannot hold the {tokens} pointers of one frame of "
       f"{image_size[0]}x{image_size[1]}; ask for at least {tokens}"
     )
+  width = config.decoder_width
+
+  def zeros(*shape, dtype=jnp.float32):
+    return jnp.zeros((batch_size, *shape), dtype)
+
   return PointerMemory(
-    position=jnp.zeros((batch_size, capacity, 3)),
-    feature=jnp.zeros((batch_size, capacity, config.decoder_width)),
-    updated=jnp.zeros((batch_size, capacity), jnp.int32),
-    count=jnp.zeros((batch_size,), jnp.int32),
-    overflow=jnp.zeros((batch_size,), jnp.int32),
-    pose_slots=jnp.zeros(
-      (batch_size, config.pose_slots, 2 * config.decoder_width)
-    ),
-    image_position=jnp.zeros((batch_size, tokens, 3)),
-    frame=jnp.zeros((batch_size,), jnp.int32),
+    position=zeros(capacity, 3),
+    feature=zeros(capacity, width),
+    updated=zeros(capacity, dtype=jnp.int32),
+    count=zeros(dtype=jnp.int32),
+    overflow=zeros(dtype=jnp.int32),
+    pose_slots=zeros(config.pose_slots, 2 * width),
+    image_position=zeros(tokens, 3),
+    frame=zeros(dtype=jnp.int32),
   )
 
 
@@ -181,7 +184,7 @@ def _fuse_sample(
   # and a target row becomes the mean of the new pointers that chose it.
   row = count + jnp.cumsum(append) - 1
   target = jnp.where(append & (row < capacity), row, nearest)
-  hits = jnp.zeros(capacity).at[target].add(1.0)
+  hits = jnp.zeros(capacity, jnp.float32).at[target].add(1.0)
   written = hits > 0
 
   def replace(old, new):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -113,6 +113,42 @@ def flat_shapes(params: Mapping[str, Any]) -> dict[str, Shape]:
   """Returns path → shape of a parameter tree, paths joined by slashes."""
   flat = flax.traverse_util.flatten_dict(params, sep="/")
   return {path: tuple(leaf.shape) for path, leaf in flat.items()}
+
+
+def list_problems(problems: Mapping[str, Sequence[str]]) -> str:
+  """Says how many names of each kind there are, and which; none is left out."""
+  return "; ".join(
+    f"{len(names)} {kind}: {', '.join(names)}"
+    for kind, names in problems.items()
+    if names
+  )
+
+
+def check_params(config: ModelConfig, params: Mapping[str, Any]) -> None:
+  """Raises ValueError unless the tree is just what the config needs."""
+  want = flat_shapes(param_shapes(config))
+  have = flat_shapes(params)
+  if want == have:
+    return
+  other = config.replace(scan_layers=not config.scan_layers)
+  if flat_shapes(param_shapes(other)) == have:
+    raise ValueError(
+      f"the layers of the parameters are {'' if other.scan_layers else 'not '}"
+      f"stacked, but the model config has scan_layers={config.scan_layers}; "
+      f"make that {other.scan_layers}"
+    )
+  problems = {
+    "missing": sorted(set(want) - set(have)),
+    "unexpected": sorted(set(have) - set(want)),
+    "of another shape": [
+      f"{name} {have[name]} instead of {want[name]}"
+      for name in sorted(set(want) & set(have))
+      if want[name] != have[name]
+    ],
+  }
+  raise ValueError(
+    f"parameters do not fit the model config: {list_problems(problems)}"
+  )
 
 
 def merge(params: Mapping[str, Any], others: Mapping[str, Any]) -> dict:

@@ -11,12 +11,23 @@ from collections.abc import Iterable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from point3r_jax.config import ModelConfig
-from point3r_jax.memory import PointerMemory, next_capacity, reset
-from point3r_jax.params import cast_params
+from point3r_jax.memory import (
+  PointerMemory,
+  default_capacity,
+  next_capacity,
+  reset,
+)
+from point3r_jax.params import cast_params, check_params
 from point3r_jax.stream_programs import Step, StreamPrograms
-from point3r_jax.streaming import Prediction, StepOptions, check_image_type
+from point3r_jax.streaming import (
+  Prediction,
+  StepOptions,
+  step_options,
+  take_images,
+)
 
 # Images that are encoded at once, on accelerators.
 _LOOK_AHEAD = 8
@@ -145,7 +156,8 @@ class Stream:
       batch_size: B, streams side by side.
       devices: to divide the streams among, equally many each; None: the default
         device.
-      capacity: pointers to start with room for; default: four frames' tokens.
+      capacity: pointers to start with room for; None: four frames' tokens, or
+        as many as there may be.
       max_capacity: where growth stops; pointers beyond are merged into their
         nearest, counted in `overflow` and warned about. None: no limit.
       look_ahead: images that `extend` encodes at once; None: 8, but 1 on a CPU,
@@ -155,10 +167,12 @@ class Stream:
       **options: fields of `StepOptions`.
 
     Raises:
-      ValueError: for sizes that do not suit or unknown options.
+      ValueError: for sizes that do not suit, parameters of another model, or
+        unknown options.
     """
+    check_params(config, params)
     self.config = config
-    self.options = StepOptions(**options)
+    self.options = step_options(**options)
     self.image_size = tuple(image_size)
     self.batch_size = batch_size
     if batch_size < 1 or (devices and batch_size % len(devices)):
@@ -175,6 +189,8 @@ class Stream:
     self._programs = StreamPrograms(
       config, self.options, self.image_size, batch_size, devices
     )
+    if capacity is None and max_capacity is not None:
+      capacity = min(default_capacity(config, self.image_size), max_capacity)
     self._memory = self._programs.init_memory(capacity)
     self._last = self._programs.init_prediction()
     if max_capacity is not None and max_capacity < self.capacity:
@@ -273,25 +289,24 @@ class Stream:
     """Returns once no step is being compiled in the background."""
     self._programs.wait()
 
-  def __call__(self, image: np.ndarray | jax.Array) -> Prediction:
+  def __call__(self, image: ArrayLike) -> Prediction:
     """Takes the next image of each stream.
 
     Args:
       image: (B, H, W, 3), uint8, or float32 in [-1, 1]; RGB. A single stream
-        also takes (H, W, 3).
+        also takes (H, W, 3). It may be overwritten once this returns.
 
     Returns:
       The prediction, with a leading axis of B.
 
     Raises:
-      ValueError: if the image does not have the stream's size or a known type.
+      ValueError: if the image does not have the stream's size or a known type,
+        or holds values that are not finite.
     """
     image = self._check(image)
     return self._take(image, image.dtype)
 
-  def extend(
-    self, images: Iterable[np.ndarray | jax.Array]
-  ) -> Iterator[Prediction]:
+  def extend(self, images: Iterable[ArrayLike]) -> Iterator[Prediction]:
     """Takes images in turn, and encodes `look_ahead` of them at once.
 
     What comes out is what calls with one image after the other give. So many
@@ -306,11 +321,10 @@ class Stream:
       The prediction for each image.
 
     Raises:
-      ValueError: as calls do, before any image is taken of those that were read
-        with the one in question.
+      ValueError: as calls do; or if images differ in type, before any is taken
+        of those that were read together.
     """
-    for chunk in _chunks(images, self.look_ahead):
-      chunk = [self._check(image) for image in chunk]
+    for chunk in _chunks(map(self._check, images), self.look_ahead):
       dtype, *others = {np.dtype(image.dtype) for image in chunk}
       if others:
         raise ValueError(
@@ -327,15 +341,17 @@ class Stream:
       for tokens in encoded[: len(chunk)]:
         yield self._take(tokens, None)
 
-  def _check(self, image: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+  def _check(self, image: ArrayLike) -> np.ndarray | jax.Array:
     """Returns an image of each stream; raises ValueError for others."""
+    image = take_images(image)
     image = image[None] if image.ndim == 3 else image
     shape = (self.batch_size, *self.image_size, 3)
     if image.shape != shape:
       raise ValueError(
         f"this stream takes images of shape {shape}, got {tuple(image.shape)}"
       )
-    check_image_type(image.dtype)
+    if isinstance(image, jax.Array):  # It may live on another device.
+      image = jax.device_put(image, self._memory.position.sharding)
     return image
 
   def _take(
@@ -353,13 +369,13 @@ class Stream:
     return prediction
 
   def _step(
-    self, capacity: int, dtype: np.dtype | None
+    self, capacity: int, dtype: np.dtype | None, ahead: bool = False
   ) -> concurrent.futures.Future[Step]:
     """Returns the step for a capacity, compiled or being compiled."""
     # A memory that can grow has room for a frame before each frame.
     grows = capacity != self._max_capacity and capacity >= 2 * self._tokens
     unread = self._tokens if grows else 0
-    return self._programs.step(self._params, capacity, dtype, unread)
+    return self._programs.step(self._params, capacity, dtype, unread, ahead)
 
   def _next_capacity(self) -> int:
     """Returns the capacity to grow to, within limits."""
@@ -377,7 +393,7 @@ class Stream:
     crowded = counts.bound > self.capacity
     if not crowded and counts.known <= self._compile_ahead * self.capacity:
       return
-    step = self._step(larger, dtype)
+    step = self._step(larger, dtype, ahead=True)
     enlarge = self._programs.enlarge(self.capacity, larger)
     if crowded and not (step.done() and enlarge.done()):
       counts.read(limit=self.capacity)  # The frame may fit when all are done.

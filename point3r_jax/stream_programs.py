@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import logging
 import sys
 import threading
 import time
@@ -79,6 +80,19 @@ _quick_turns = _QuickTurns()
 def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
   gpu = jax.default_backend() == "gpu"
   return lowered.compile(_GPU_OPTIONS if gpu else None)
+
+
+def _warn_of_failure(
+  name: int | str | None, program: concurrent.futures.Future
+) -> None:
+  """Says what else would be known only when the program is needed."""
+  if not program.cancelled() and (error := program.exception()):
+    logging.getLogger(__name__).warning(
+      "the step for %s pointers could not be compiled ahead; it will be tried "
+      "again when it is needed: %s",
+      name,
+      error,
+    )
 
 
 def _arrange(x: jax.Array) -> jax.Array:
@@ -163,6 +177,7 @@ class StreamPrograms:
     capacity: int,
     dtype: np.dtype | None,
     unread: int,
+    ahead: bool = False,
   ) -> concurrent.futures.Future[Step]:
     """Returns the step for a capacity, compiled or being compiled.
 
@@ -171,6 +186,7 @@ class StreamPrograms:
       capacity: of the memory it will be called with.
       dtype: of the images; None: frames are encoded already.
       unread: rows at the memory's end that will hold no pointers before.
+      ahead: whether it is not needed yet: what failed is not tried again.
     """
     if dtype is None:
       tokens = self._grid[0] * self._grid[1]
@@ -196,7 +212,8 @@ class StreamPrograms:
       run = jax.jit(run, donate_argnums=(1, 2), keep_unused=True)
       return _compile(run.lower(params, memory, last, frame))
 
-    return self._submit((capacity, dtype, unread), capacity, compile_step)
+    key = (capacity, dtype, unread)
+    return self._submit(key, capacity, compile_step, ahead)
 
   def enlarge(
     self, before: int, capacity: int
@@ -275,10 +292,12 @@ class StreamPrograms:
     key: Hashable,
     name: int | str | None,
     compile_program: Callable[[], Any],
+    ahead: bool = False,
   ) -> concurrent.futures.Future:
     """Compiles in the background what was not, or failed to be, compiled.
 
-    How long it took is noted under the name, if it has one.
+    How long it took is noted under the name, if it has one. What is not needed
+    yet and failed is said once and left for then.
     """
 
     def timed():
@@ -291,6 +310,9 @@ class StreamPrograms:
 
     future = self._futures.get(key)
     failed = future and future.done() and future.exception()
-    if future is None or failed:  # What failed may have been out of memory.
+    # What failed may have been out of memory.
+    if future is None or (failed and not ahead):
       future = self._futures[key] = self._executor.submit(timed)
+      if ahead:
+        future.add_done_callback(functools.partial(_warn_of_failure, name))
     return future

@@ -11,12 +11,15 @@ import dataclasses
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 
 from point3r_jax.config import ModelConfig
 from point3r_jax.memory import PointerMemory, fuse, reset
 from point3r_jax.models.attention import IMPLEMENTATIONS
 from point3r_jax.models.layers import REMAT, Compute
 from point3r_jax.models.point3r import HEADS, Context, FrameOutput, Point3R
+from point3r_jax.params import check_params
 from point3r_jax.precision import Precision, get_precision
 
 
@@ -95,6 +98,19 @@ class StepOptions:
       )
 
 
+def step_options(**options) -> StepOptions:
+  """Returns options by name.
+
+  Raises:
+    ValueError: for unknown names or values.
+  """
+  known = [field.name for field in dataclasses.fields(StepOptions)]
+  for name in options:
+    if name not in known:
+      raise ValueError(f"unknown option {name!r}; there are {', '.join(known)}")
+  return StepOptions(**options)
+
+
 def empty_prediction(
   options: StepOptions, image_shape: tuple[int, int, int, int]
 ) -> Prediction:
@@ -104,13 +120,14 @@ def empty_prediction(
   def maps(wanted):
     if not wanted:
       return None, None
-    return jnp.zeros((batch, *image_size, 3)), jnp.zeros((batch, *image_size))
+    shapes = (batch, *image_size, 3), (batch, *image_size)
+    return tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
 
   camera, world = (maps(options.heads in ("both", x)) for x in HEADS[1:])
   return Prediction(
     *camera,
     *world,
-    pose=jnp.zeros((batch, 7)),
+    pose=jnp.zeros((batch, 7), jnp.float32),
     pointer_count=jnp.zeros((batch,), jnp.int32),
     overflow=jnp.zeros((batch,), jnp.int32),
   )
@@ -205,6 +222,7 @@ def step_fn(
   unread: int = 0,
 ) -> tuple[PointerMemory, Prediction]:
   """`step` before jit: to be traced inside a larger program."""
+  check_params(config, params)
   tokens = encode_fn(config, options, params, images)
   grid = config.grid(images.shape[1:3])
   return interact_fn(config, options, params, memory, tokens, grid, unread)
@@ -233,12 +251,29 @@ _step = jax.jit(step_fn, static_argnums=(0, 1))
 _scan = jax.jit(scan_fn, static_argnums=(0, 1))
 
 
-def check_image_type(dtype: jnp.dtype) -> None:
-  """Raises ValueError for types that images cannot have."""
-  if dtype not in (jnp.uint8, jnp.float32):
+def take_images(images: ArrayLike) -> np.ndarray | jax.Array:
+  """Returns images as an array that no one else writes to.
+
+  JAX may read a NumPy array after the call that it was given to: so cameras
+  that fill one buffer again and again need a copy.
+
+  Args:
+    images: of any shape; JAX arrays are returned as they are.
+
+  Raises:
+    ValueError: for types that images cannot have, and for values of theirs that
+      are not finite, which would stay in the memory. On a device they are not
+      looked at.
+  """
+  on_host = not isinstance(images, jax.Array)
+  images = np.array(images) if on_host else images
+  if images.dtype not in (jnp.uint8, jnp.float32):
     raise ValueError(
-      f"images must be uint8, or float32 in [-1, 1], not {dtype}"
+      f"images must be uint8, or float32 in [-1, 1], not {images.dtype}"
     )
+  if on_host and not np.isfinite(images).all():
+    raise ValueError("images must be finite, but hold NaN or infinity")
+  return images
 
 
 def _check_images(
@@ -253,8 +288,14 @@ def _check_images(
       f"images must have the axes ({', '.join(axes)}) with 3 channels, got "
       f"shape {tuple(images.shape)}"
     )
-  check_image_type(images.dtype)
   batch, (height, width) = images.shape[-4], config.grid(images.shape[-3:-1])
+  widths = memory.feature.shape[-1], memory.pose_slots.shape[-2:]
+  wanted = config.decoder_width, (config.pose_slots, 2 * config.decoder_width)
+  if widths != wanted:
+    raise ValueError(
+      "the memory is of a model of other sizes; make it with init_memory for "
+      "this config"
+    )
   if memory.image_position.shape[:2] != (batch, height * width):
     raise ValueError(
       f"the memory is of {memory.image_position.shape[0]} streams with "
@@ -268,7 +309,7 @@ def step(
   config: ModelConfig,
   params: dict,
   memory: PointerMemory,
-  images: jax.Array,
+  images: ArrayLike,
   **options,
 ) -> tuple[PointerMemory, Prediction]:
   """Takes one frame a sample: predicts, then extends and fuses the memory.
@@ -289,19 +330,21 @@ def step(
     The memory after the frame, and the prediction.
 
   Raises:
-    ValueError: for images that do not suit the memory, or unknown options.
+    ValueError: for images that do not suit the memory or are not finite,
+      parameters of another model, or unknown options.
   """
+  images = take_images(images)
   _check_images(memory, config, images, "BHWC")
-  return _step(config, StepOptions(**options), params, memory, images)
+  return _step(config, step_options(**options), params, memory, images)
 
 
 def scan(
   config: ModelConfig,
   params: dict,
   memory: PointerMemory,
-  images: jax.Array,
+  images: ArrayLike,
   *,
-  resets: jax.Array | None = None,
+  resets: ArrayLike | None = None,
   **options,
 ) -> tuple[PointerMemory, Prediction]:
   """Takes a sequence of frames: `lax.scan` over `step`, jitted.
@@ -321,11 +364,15 @@ def scan(
     The memory after the last frame, and predictions with a leading T.
 
   Raises:
-    ValueError: for images that do not suit the memory, or unknown options.
+    ValueError: for images that do not suit the memory or are not finite,
+      parameters of another model, or unknown options.
   """
+  images = take_images(images)
   _check_images(memory, config, images, "TBHWC")
+  resets = None if resets is None else jnp.asarray(resets)
   if resets is not None and resets.shape != images.shape[:2]:
     raise ValueError(
       f"resets must have shape {tuple(images.shape[:2])}, got {resets.shape}"
     )
-  return _scan(config, StepOptions(**options), params, memory, images, resets)
+  options = step_options(**options)
+  return _scan(config, options, params, memory, images, resets)

@@ -7,6 +7,7 @@ import sys
 import chex
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 
 import point3r_jax as p3r
@@ -271,6 +272,30 @@ def test_full_memory_warns_once_and_counts(caplog):
   assert "full at its maximal capacity of 12" in caplog.text
 
 
+def test_what_fails_ahead_is_said_once_and_tried_again_when_needed(
+  own_programs, monkeypatch, caplog
+):
+  capacity, tried, step = 4 * micro.TOKENS, [], stream_programs.step_fn
+
+  def fail_once(config, options, params, memory, images, unread):
+    if memory.capacity > capacity:
+      tried.append(memory.capacity)
+      if len(tried) == 1:
+        raise MemoryError("no room")
+    return step(config, options, params, memory, images, unread)
+
+  monkeypatch.setattr(stream_programs, "step_fn", fail_once)
+  stream = make_stream(capacity=capacity, fusion=False, compile_ahead=0.0)
+  stream(images()[0])
+  for image in images()[1:4]:
+    jax.block_until_ready(stream(image))
+    stream.wait_for_compiles()
+  assert len(tried) == 1
+  assert caplog.text.count("could not be compiled ahead") == 1
+  stream(images()[4])
+  assert len(tried) == 2 and stream.pointer_count == 5 * micro.TOKENS
+
+
 def test_the_next_capacity_is_compiled_ahead(own_programs):
   capacity = 8 * micro.TOKENS
   for ahead, compiled in ((0.5, 2), (1.0, 1)):
@@ -427,6 +452,59 @@ def test_wrong_images_are_refused(image, message):
     make_stream()(image)
 
 
+def test_an_image_that_is_not_finite_is_refused():
+  image = np.zeros((1, *micro.IMAGE_SIZE, 3), np.float32)
+  image[0, 1, 2, 0] = np.nan
+  with pytest.raises(ValueError, match="finite"):
+    make_stream()(image)
+
+
 def test_max_capacity_below_the_first_is_refused():
   with pytest.raises(ValueError, match="max_capacity"):
     make_stream(capacity=64, max_capacity=32)
+
+
+def test_max_capacity_alone_bounds_the_first_one():
+  assert make_stream(max_capacity=micro.TOKENS + 1).capacity == micro.TOKENS + 1
+
+
+def test_parameters_of_another_model_are_refused():
+  with pytest.raises(ValueError, match="do not fit the model config"):
+    p3r.Stream(
+      micro.SCANNED.replace(pose_slots=5),
+      micro.scanned_params(),
+      micro.IMAGE_SIZE,
+    )
+
+
+@pytest.mark.parametrize("look_ahead", [1, 2])
+def test_an_image_may_be_overwritten_once_it_is_taken(look_ahead):
+  stream = make_stream(look_ahead=look_ahead)
+  expected = [jax.device_get(stream(image)) for image in images(4)]
+  # Where JAX would not copy.
+  size = images()[0].nbytes
+  memory = np.zeros(size + 64, np.uint8)
+  start = -memory.ctypes.data % 64
+  buffer = memory[start : start + size].reshape(images()[0].shape)
+
+  def camera():
+    for image in images(4):
+      buffer[:] = image
+      yield buffer
+      buffer[:] = 0
+
+  stream.reset()
+  got = list(stream.extend(camera()))
+  chex.assert_trees_all_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "convert",
+  [PIL.Image.fromarray, lambda x: jax.device_put(x, jax.devices()[1])],
+)
+def test_images_may_be_of_another_library_or_device(convert):
+  stream = make_stream()
+  expected = jax.device_get(stream(images()[0]))
+  stream.reset()
+  got = jax.device_get(stream(convert(images()[0])))
+  chex.assert_trees_all_equal(got, expected)

@@ -244,9 +244,11 @@ def test_lowers_for_accelerators(platform, attention, precision):
     ({"images": np.zeros((1, 32, 48, 1), np.uint8)}, "3 channels"),
     ({"images": np.zeros((1, 30, 48, 3), np.uint8)}, "multiple of the patch"),
     ({"images": np.zeros((2, 32, 48, 3), np.uint8)}, "init_memory"),
+    ({"images": np.full((1, 32, 48, 3), np.nan, np.float32)}, "finite"),
     ({"precision": "float8"}, "unknown precision"),
     ({"attention": "magic"}, "unknown attention"),
     ({"heads": "tail"}, "unknown heads"),
+    ({"head": "both"}, "unknown option 'head'"),
     ({"fusion_divisor": 0.0}, "positive"),
   ],
 )
@@ -256,6 +258,24 @@ def test_bad_input_is_refused(change, message):
     p3r.step(
       micro.SCANNED, micro.scanned_params(), new_memory(), images, **change
     )
+
+
+def test_what_belongs_to_another_model_is_refused():
+  images, other = micro.images(1, 1)[0], micro.CONFIG.replace(pose_slots=5)
+  with pytest.raises(ValueError, match="make that True"):
+    p3r.step(micro.CONFIG, micro.scanned_params(), new_memory(), images)
+  memory = p3r.init_memory(other, 1, micro.IMAGE_SIZE)
+  with pytest.raises(ValueError, match="model of other sizes"):
+    p3r.step(micro.SCANNED, micro.scanned_params(), memory, images)
+
+
+def test_types_stay_with_64_bits_enabled():
+  images, resets = micro.images(2, 1), np.zeros((2, 1), bool)
+  expected = scan(images, resets)
+  with jax.enable_x64(True):
+    got = scan(images, resets.tolist())
+  chex.assert_trees_all_equal_dtypes(got, expected)
+  chex.assert_trees_all_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_resets_of_another_shape_are_refused():

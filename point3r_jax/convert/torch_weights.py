@@ -9,7 +9,6 @@ from typing import Any
 import flax.traverse_util
 import numpy as np
 
-from point3r_jax.checkpoints import list_problems
 from point3r_jax.config import ModelConfig
 from point3r_jax.convert.names import (
   Weight,
@@ -18,7 +17,12 @@ from point3r_jax.convert.names import (
   weight_table,
 )
 from point3r_jax.convert.tensor_file import CheckpointFileError, TensorFile
-from point3r_jax.params import flat_shapes, init_params, param_shapes
+from point3r_jax.params import (
+  flat_shapes,
+  init_params,
+  list_problems,
+  param_shapes,
+)
 
 # Heads of other tasks that DUSt3R's files may carry along; no use for them.
 _IGNORED_BY_DUST3R = ("mask_token", "prediction_head.")
