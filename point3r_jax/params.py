@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from point3r_jax.config import ModelConfig
-from point3r_jax.models.layers import Compute
+from point3r_jax.models.compute import Compute
 from point3r_jax.models.point3r import Context, Point3R
 from point3r_jax.precision import Precision, get_precision
 

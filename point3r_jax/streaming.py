@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from point3r_jax.config import ModelConfig
 from point3r_jax.memory import PointerMemory, fuse, reset
 from point3r_jax.models.attention import IMPLEMENTATIONS
-from point3r_jax.models.layers import REMAT, Compute
+from point3r_jax.models.compute import REMAT, Compute
 from point3r_jax.models.point3r import HEADS, Context, FrameOutput, Point3R
 from point3r_jax.params import check_params
 from point3r_jax.precision import Precision, get_precision

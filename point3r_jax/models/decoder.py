@@ -7,7 +7,8 @@ import flax.struct
 import jax
 
 from point3r_jax.config import ModelConfig
-from point3r_jax.models.layers import Compute, DecoderBlock, layer_norm
+from point3r_jax.models.compute import Compute
+from point3r_jax.models.layers import DecoderBlock, layer_norm
 from point3r_jax.models.rotary import (
   RotaryTable,
   disable_where,

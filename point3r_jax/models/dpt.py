@@ -9,7 +9,8 @@ import numpy as np
 from flax.linen.dtypes import promote_dtype
 
 from point3r_jax.config import ModelConfig
-from point3r_jax.models.layers import Compute, Linear
+from point3r_jax.models.compute import Compute
+from point3r_jax.models.layers import Linear
 
 
 class Conv(nn.Module):

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from point3r_jax.models.compute import Compute
 from point3r_jax.models.layers import (
-  Compute,
   EncoderBlock,
   Linear,
   layer_norm,

@@ -6,123 +6,13 @@ own, in `point3r_jax.params`.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from point3r_jax.models.attention import attention
+from point3r_jax.models.compute import Compute
 from point3r_jax.models.rotary import RotaryTable, apply_rotary
-from point3r_jax.precision import Precision
-
-# What the backward pass computes again: nothing; all of a block but its linear
-# maps, and the dense heads; or whole blocks and dense heads.
-REMAT = ("none", "elementwise", "blocks")
-
-
-# Layers of one kind share what is traced and lowered of them. XLA inlines that
-# and compiles the same as without. Profiles name all layers like the first one.
-_traced_once = functools.cache(nn.jit)
-
-
-@dataclasses.dataclass(frozen=True)
-class Compute:
-  """How to compute, as opposed to what: no effect on parameters.
-
-  Attributes:
-    precision: the precision policy.
-    attention: implementation name for `models.attention`.
-    remat: what the backward pass computes again, one of `REMAT`.
-  """
-
-  precision: Precision
-  attention: str = "auto"
-  remat: str = "none"
-
-  @property
-  def dtype(self) -> jnp.dtype:
-    """Type of the operands of matrix products."""
-    return self.precision.dtype
-
-  @property
-  def forward_only(self) -> bool:
-    """Whether no backward pass is to come, as far as `remat` tells."""
-    return self.remat == "none"
-
-  @property
-  def sum_dtype(self) -> jnp.dtype:
-    """Type of the results that are added to a float32 residual.
-
-    In float32 the sum is part of the product on GPUs. For a backward pass half
-    as many bytes are kept.
-    """
-    return jnp.float32 if self.forward_only else self.dtype
-
-  @property
-  def exact_gelu(self) -> bool:
-    """Whether GELUs are exact; see `gelu`."""
-    return not (self.forward_only and self.dtype == jnp.bfloat16)
-
-  @property
-  def token_block(self) -> int:
-    """Tokens of a stream come in multiples of this, the last ones padding.
-
-    Products in 16 bits want eights; otherwise each would pad by itself.
-    """
-    return 1 if self.dtype == jnp.float32 else 8
-
-  def attend(
-    self,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    query_length: jax.Array | None,
-    key_length: jax.Array | None,
-  ) -> jax.Array:
-    """Runs `models.attention` as chosen; see there for the arguments."""
-    return attention(
-      query,
-      key,
-      value,
-      query_length=query_length,
-      key_length=key_length,
-      implementation=self.attention,
-      forward_only=self.forward_only,
-    )
-
-  def remat_block(
-    self, block: type[nn.Module], scanned: bool = False
-  ) -> type[nn.Module]:
-    """Returns a transformer block that keeps what `remat` says.
-
-    If that is "none", all that are not scanned are traced once.
-
-    Args:
-      block: its class.
-      scanned: whether it is a scan's body: then the compiler cannot merge what
-        is computed again with its first computation, and need not be kept from
-        it.
-    """
-    if self.remat == "none":
-      return block if scanned else _traced_once(block)
-    policies = jax.checkpoint_policies
-    return nn.remat(
-      block,
-      prevent_cse=not scanned,
-      policy=policies.nothing_saveable
-      if self.remat == "blocks"
-      else policies.dots_with_no_batch_dims_saveable,
-    )
-
-  def remat_dense(self, head: type[nn.Module]) -> type[nn.Module]:
-    """Returns a dense head that keeps nothing unless `remat` is "none"."""
-    if self.remat == "none":
-      return head
-    # Its maps are as large as the image: by far the most memory a FLOP.
-    return nn.remat(head, static_argnums=(2,))
 
 
 class Linear(nn.Module):
@@ -132,13 +22,15 @@ class Linear(nn.Module):
     features: output channels.
     dtype: type of operands.
     precision: of the product; None: as the policy has it for float32.
-    result: type of the sum; None: as the operands.
+    result: type of the result; None: as the operands.
+    sums: type in which products are summed; None: as the result.
   """
 
   features: int
   dtype: jnp.dtype
   precision: str | None = None
   result: jnp.dtype | None = None
+  sums: jnp.dtype | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -147,11 +39,13 @@ class Linear(nn.Module):
     kernel = self.param("kernel", zeros, (x.shape[-1], self.features))
     bias = self.param("bias", zeros, (self.features,))
     result = self.result or self.dtype
+    sums = self.sums or result
     x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
     y = jnp.matmul(
-      x, kernel, precision=self.precision, preferred_element_type=result
+      x, kernel, precision=self.precision, preferred_element_type=sums
     )
-    return y + bias.astype(result)
+    bias = bias.astype(result).astype(sums)  # Rounded, as `cast_params` does.
+    return (y + bias).astype(result)
 
 
 def layer_norm(compute: Compute, name: str | None = None) -> nn.LayerNorm:
@@ -198,6 +92,7 @@ class Mlp(nn.Module):
     precision: see `Linear`.
     result: see `Linear`.
     exact: see `gelu`.
+    sums: of the first map, see `Linear`.
   """
 
   hidden: int
@@ -206,11 +101,14 @@ class Mlp(nn.Module):
   precision: str | None = None
   result: jnp.dtype | None = None
   exact: bool = True
+  sums: jnp.dtype | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps x (…, in) to (…, features)."""
-    x = Linear(self.hidden, self.dtype, self.precision, name="hidden")(x)
+    x = Linear(
+      self.hidden, self.dtype, self.precision, sums=self.sums, name="hidden"
+    )(x)
     x = gelu(x, self.exact)
     return Linear(
       self.features, self.dtype, self.precision, self.result, name="output"
@@ -232,6 +130,7 @@ def _mlp(compute: Compute, ratio: int, width: int) -> Mlp:
     compute.dtype,
     result=compute.sum_dtype,
     exact=compute.exact_gelu,
+    sums=compute.inner_sums,
     name="mlp",
   )
 
@@ -260,7 +159,9 @@ class SelfAttention(nn.Module):
       (B, N, D).
     """
     batch, tokens, width = x.shape
-    qkv = Linear(3 * width, self.compute.dtype, name="qkv")(x)
+    qkv = Linear(
+      3 * width, self.compute.dtype, sums=self.compute.inner_sums, name="qkv"
+    )(x)
     qkv = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
     query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
     query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
@@ -297,17 +198,19 @@ class CrossAttention(nn.Module):
     Returns:
       (B, N, D).
     """
-    width = x.shape[-1]
+    width, compute = x.shape[-1], self.compute
 
     def project(tokens, name):
-      y = Linear(width, self.compute.dtype, name=name)(tokens)
+      y = Linear(width, compute.dtype, sums=compute.inner_sums, name=name)(
+        tokens
+      )
       return y.reshape(*y.shape[:2], self.heads, width // self.heads)
 
     query = apply_rotary(project(x, "query"), rotary)
     key = apply_rotary(project(context, "key"), context_rotary)
     value = project(context, "value")
-    y = self.compute.attend(query, key, value, length, context_length)
-    return _projection(self.compute, width)(y.reshape(x.shape))
+    y = compute.attend(query, key, value, length, context_length)
+    return _projection(compute, width)(y.reshape(x.shape))
 
 
 class EncoderBlock(nn.Module):

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from point3r_jax.config import ModelConfig
+from point3r_jax.models.compute import Compute
 from point3r_jax.models.decoder import InterleavedDecoder, decoder_rotary
 from point3r_jax.models.dpt import DenseHead
 from point3r_jax.models.encoder import VisionTransformer
 from point3r_jax.models.heads import WorldHead, point_map, pose_encoding
-from point3r_jax.models.layers import Compute, Linear, Mlp
+from point3r_jax.models.layers import Linear, Mlp
 from point3r_jax.models.pose_memory import PoseMemory
 
 HEADS = ("both", "camera", "world")
@@ -113,6 +114,7 @@ class Point3R(nn.Module):
       compute.dtype,
       result=jnp.float32,
       exact=compute.exact_gelu,
+      sums=compute.inner_sums,
     )
     self.value_projection = linear(config.encoder_width)
 

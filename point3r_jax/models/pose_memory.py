@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from point3r_jax.config import ModelConfig
-from point3r_jax.models.layers import Compute, DecoderBlock, Linear
+from point3r_jax.models.compute import Compute
+from point3r_jax.models.layers import DecoderBlock, Linear
 
 # Blocks that read from, and blocks that write to, the slots.
 _DEPTH = 2

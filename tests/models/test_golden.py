@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import point3r_jax as p3r
-from point3r_jax.models.layers import Compute
+from point3r_jax.models.compute import Compute
 from point3r_jax.models.point3r import Point3R
 from point3r_jax.precision import get_precision
 from point3r_jax.streaming import read_memory

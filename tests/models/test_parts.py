@@ -10,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from point3r_jax.models import dpt, layers
 from point3r_jax.models.attention import attention
+from point3r_jax.models.compute import Compute
 from point3r_jax.models.encoder import VisionTransformer, patchify
 from point3r_jax.models.heads import point_map, pose_encoding
 from point3r_jax.models.rotary import (
@@ -177,8 +178,37 @@ def test_gelu_and_its_form_within_a_product():
   ],
 )
 def test_training_and_float32_have_the_exact_gelu(precision, remat, exact):
-  compute = layers.Compute(get_precision(precision), remat=remat)
+  compute = Compute(get_precision(precision), remat=remat)
   assert compute.exact_gelu == exact
+
+
+@pytest.mark.parametrize(
+  ("backend", "remat", "sums"),
+  [
+    ("cpu", "none", jnp.float32),
+    ("cpu", "elementwise", None),
+    ("gpu", "none", None),
+  ],
+)
+def test_cpus_sum_in_float32_what_is_not_kept(
+  monkeypatch, backend, remat, sums
+):
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  compute = Compute(get_precision("bfloat16"), remat=remat)
+  assert compute.inner_sums == sums
+
+
+def test_linear_rounds_its_result_once_where_sums_are_float32():
+  rng = np.random.default_rng(0)
+  x, kernel, bias = (
+    jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+    for shape in ((5, 64), (64, 3), (3,))
+  )
+  linear = layers.Linear(3, jnp.bfloat16, sums=jnp.float32)
+  y = linear.apply({"params": {"kernel": kernel, "bias": bias}}, x)
+  wide = (np.asarray(z, np.float64) for z in (x, kernel, bias))
+  expected = (lambda x, kernel, bias: x @ kernel + bias)(*wide)
+  np.testing.assert_array_equal(y, jnp.asarray(expected, jnp.bfloat16))
 
 
 def test_activations():
@@ -208,7 +238,7 @@ def test_layers_of_one_kind_are_traced_once():
     heads=2,
     patch_size=16,
     mlp_ratio=3,
-    compute=layers.Compute(get_precision("float32")),
+    compute=Compute(get_precision("float32")),
   )
   image = np.zeros((1, 16, 32, 3), np.float32)
   params = model.init(jax.random.key(0), image)

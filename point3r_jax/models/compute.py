@@ -1,0 +1,129 @@
+"""How to compute a model, as opposed to what: precision, kernels, memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from point3r_jax.models.attention import attention
+from point3r_jax.precision import Precision
+
+# What the backward pass computes again: nothing; all of a block but its linear
+# maps, and the dense heads; or whole blocks and dense heads.
+REMAT = ("none", "elementwise", "blocks")
+
+
+# Layers of one kind share what is traced and lowered of them. XLA inlines that
+# and compiles the same as without. Profiles name all layers like the first one.
+_traced_once = functools.cache(nn.jit)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+  """How to compute, as opposed to what: no effect on parameters.
+
+  Attributes:
+    precision: the precision policy.
+    attention: implementation name for `models.attention`.
+    remat: what the backward pass computes again, one of `REMAT`.
+  """
+
+  precision: Precision
+  attention: str = "auto"
+  remat: str = "none"
+
+  @property
+  def dtype(self) -> jnp.dtype:
+    """Type of the operands of matrix products."""
+    return self.precision.dtype
+
+  @property
+  def forward_only(self) -> bool:
+    """Whether no backward pass is to come, as far as `remat` tells."""
+    return self.remat == "none"
+
+  @property
+  def sum_dtype(self) -> jnp.dtype:
+    """Type of the results that are added to a float32 residual.
+
+    In float32 the sum is part of the product on GPUs. For a backward pass half
+    as many bytes are kept.
+    """
+    return jnp.float32 if self.forward_only else self.dtype
+
+  @property
+  def inner_sums(self) -> jnp.dtype | None:
+    """Type in which products within a block are summed; None: as operands.
+
+    CPUs multiply in 16 bits many times faster if sums stay float32. For a
+    backward pass half as many bytes are kept.
+    """
+    cpu = jax.default_backend() == "cpu"
+    return jnp.float32 if cpu and self.forward_only else None
+
+  @property
+  def exact_gelu(self) -> bool:
+    """Whether GELUs are exact; see `gelu`."""
+    return not (self.forward_only and self.dtype == jnp.bfloat16)
+
+  @property
+  def token_block(self) -> int:
+    """Tokens of a stream come in multiples of this, the last ones padding.
+
+    Products in 16 bits want eights; otherwise each would pad by itself.
+    """
+    return 1 if self.dtype == jnp.float32 else 8
+
+  def attend(
+    self,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    query_length: jax.Array | None,
+    key_length: jax.Array | None,
+  ) -> jax.Array:
+    """Runs `models.attention` as chosen; see there for the arguments."""
+    return attention(
+      query,
+      key,
+      value,
+      query_length=query_length,
+      key_length=key_length,
+      implementation=self.attention,
+      forward_only=self.forward_only,
+    )
+
+  def remat_block(
+    self, block: type[nn.Module], scanned: bool = False
+  ) -> type[nn.Module]:
+    """Returns a transformer block that keeps what `remat` says.
+
+    If that is "none", all that are not scanned are traced once.
+
+    Args:
+      block: its class.
+      scanned: whether it is a scan's body: then the compiler cannot merge what
+        is computed again with its first computation, and need not be kept from
+        it.
+    """
+    if self.remat == "none":
+      return block if scanned else _traced_once(block)
+    policies = jax.checkpoint_policies
+    return nn.remat(
+      block,
+      prevent_cse=not scanned,
+      policy=policies.nothing_saveable
+      if self.remat == "blocks"
+      else policies.dots_with_no_batch_dims_saveable,
+    )
+
+  def remat_dense(self, head: type[nn.Module]) -> type[nn.Module]:
+    """Returns a dense head that keeps nothing unless `remat` is "none"."""
+    if self.remat == "none":
+      return head
+    # Its maps are as large as the image: by far the most memory a FLOP.
+    return nn.remat(head, static_argnums=(2,))
