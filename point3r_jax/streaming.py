@@ -67,10 +67,12 @@ class StepOptions:
     heads: "both", "camera" or "world": which point maps to return. "world"
       saves the camera head; "camera" saves nothing but the copy, for pointers
       are made of world points.
-    remat: what a backward pass computes again instead of keeping it: "none",
-      "elementwise" (attention, norms and activations; keeps the results of
-      linear maps) or "blocks" (all but the blocks' inputs). Both other than
-      "none" compute the dense heads again.
+    remat: for training, what the backward pass computes again instead of
+      keeping it: "none", "elementwise" (attention, norms and activations; keeps
+      the results of linear maps) or "blocks" (all but the blocks' inputs). Both
+      other than "none" compute the dense heads again. None is for inference:
+      there are derivatives, but under bfloat16 those of GELU's form with tanh,
+      and slower ones.
   """
 
   precision: str | Precision | None = None
@@ -79,7 +81,7 @@ class StepOptions:
   fusion_divisor: float = 20.0
   rotary: bool = True
   heads: str = "both"
-  remat: str = "none"
+  remat: str | None = None
 
   def __post_init__(self):
     """Fills the default precision and refuses unknown names."""
@@ -90,7 +92,7 @@ class StepOptions:
       )
     if self.heads not in HEADS:
       raise ValueError(f"unknown heads {self.heads!r}; there are {HEADS}")
-    if self.remat not in REMAT:
+    if self.remat not in (None, *REMAT):
       raise ValueError(f"unknown remat {self.remat!r}; there are {REMAT}")
     if not self.fusion_divisor > 0:
       raise ValueError(

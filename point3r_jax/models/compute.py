@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from point3r_jax.models.attention import attention
 from point3r_jax.precision import Precision
 
-# What the backward pass computes again: nothing; all of a block but its linear
+# What a backward pass computes again: nothing; all of a block but its linear
 # maps, and the dense heads; or whole blocks and dense heads.
 REMAT = ("none", "elementwise", "blocks")
 
@@ -29,12 +29,13 @@ class Compute:
   Attributes:
     precision: the precision policy.
     attention: implementation name for `models.attention`.
-    remat: what the backward pass computes again, one of `REMAT`.
+    remat: what the backward pass computes again, one of `REMAT`; None: there is
+      to be no backward pass, so that what is fastest without one is taken.
   """
 
   precision: Precision
   attention: str = "auto"
-  remat: str = "none"
+  remat: str | None = None
 
   @property
   def dtype(self) -> jnp.dtype:
@@ -43,8 +44,13 @@ class Compute:
 
   @property
   def forward_only(self) -> bool:
-    """Whether no backward pass is to come, as far as `remat` tells."""
-    return self.remat == "none"
+    """Whether no backward pass is to come."""
+    return self.remat is None
+
+  @property
+  def keeps_all(self) -> bool:
+    """Whether nothing is computed again."""
+    return self.remat in (None, "none")
 
   @property
   def sum_dtype(self) -> jnp.dtype:
@@ -102,7 +108,7 @@ class Compute:
   ) -> type[nn.Module]:
     """Returns a transformer block that keeps what `remat` says.
 
-    If that is "none", all that are not scanned are traced once.
+    Where nothing is computed again, all that are not scanned are traced once.
 
     Args:
       block: its class.
@@ -110,7 +116,7 @@ class Compute:
         is computed again with its first computation, and need not be kept from
         it.
     """
-    if self.remat == "none":
+    if self.keeps_all:
       return block if scanned else _traced_once(block)
     policies = jax.checkpoint_policies
     return nn.remat(
@@ -122,8 +128,8 @@ class Compute:
     )
 
   def remat_dense(self, head: type[nn.Module]) -> type[nn.Module]:
-    """Returns a dense head that keeps nothing unless `remat` is "none"."""
-    if self.remat == "none":
+    """Returns a dense head that keeps nothing if anything is computed again."""
+    if self.keeps_all:
       return head
     # Its maps are as large as the image: by far the most memory a FLOP.
     return nn.remat(head, static_argnums=(2,))
