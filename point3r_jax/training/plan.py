@@ -3,29 +3,23 @@
 The step is traced and compiled for shapes: there are no data, no parameters and
 no accelerators, only as many make-believe devices as the mesh has.
 
-  fake_devices(64)
-  experiment = open_experiment(config)
+  experiment = open_experiment(config, topology_devices("h200:2x8"))
   print(format_plan(plan(experiment, (224, 224))))
 
-With the package `libtpu` (the extra "tpu") the compiler for TPUs does the same
-for a slice of a pod, on a machine without a TPU: then open the experiment on
-`topology_devices("v5p:4x4x4")`.
+See `training.devices` for what can be planned for.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
-import os
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.experimental import topologies
+import jax.numpy as jnp
 
-from point3r_jax.data.errors import InputError, one_line
 from point3r_jax.params import merge, param_shapes
 from point3r_jax.training.collectives import Collectives, count_collectives
 from point3r_jax.training.experiment import Experiment
@@ -92,50 +86,6 @@ class Plan:
     return math.prod(self.mesh.values())
 
 
-def fake_devices(count: int) -> None:
-  """Lets JAX have so many devices, all of them this machine's CPU.
-
-  Call it before anything else asks JAX for its devices.
-
-  Raises:
-    InputError: if there cannot be so many, or JAX has started with others.
-  """
-  if count < 1:
-    raise InputError(f"there must be at least 1 device, not {count}")
-  try:
-    jax.config.update("jax_num_cpu_devices", count)
-    jax.config.update("jax_platforms", "cpu")
-  except RuntimeError:
-    pass  # JAX has started: what counts is with which devices.
-  if jax.default_backend() != "cpu" or jax.device_count() != count:
-    raise InputError(
-      f"cannot make {count} CPU devices: JAX has started with "
-      f"{jax.device_count()} of {jax.default_backend()}; call fake_devices "
-      "before anything that uses devices"
-    )
-
-
-def topology_devices(name: str) -> Sequence[jax.Device]:
-  """Returns the devices of a slice of a TPU pod, to compile for only.
-
-  Args:
-    name: generation and size in chips, such as "v5p:2x2x4" or "v6e:4x4".
-
-  Raises:
-    InputError: without the package `libtpu`, or for an unknown name.
-  """
-  if importlib.util.find_spec("libtpu") is None:
-    raise InputError(
-      "planning for TPUs needs their compiler: pip install 'point3r-jax[tpu]'"
-    )
-  # Without this it looks for a TPU's host on the network.
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  try:
-    return topologies.get_topology_desc(name, "tpu").devices
-  except jax.errors.JaxRuntimeError as error:
-    raise InputError(f"no TPU topology {name!r}: {one_line(error)}") from error
-
-
 def step_flops(config: StepConfig, params: Any, batch: Any) -> int:
   """Counts the operations of the loss and its gradient.
 
@@ -161,12 +111,14 @@ def step_flops(config: StepConfig, params: Any, batch: Any) -> int:
 
 
 def _for_devices(experiment: Experiment) -> Experiment:
-  """Names the kernel that "auto" is on TPUs, for this machine may have none."""
-  tpu = experiment.mesh.devices.flat[0].platform == "tpu"
-  if not tpu or experiment.config.rollout.attention != "auto":
+  """Names the kernel that "auto" is there, for this machine may have others."""
+  platform = experiment.mesh.devices.flat[0].platform
+  if platform == "cpu" or experiment.config.rollout.attention != "auto":
     return experiment
+  half = jnp.finfo(experiment.step.rollout.step.precision.dtype).bits == 16
   config = experiment.config.copy_and_resolve_references()
-  config.rollout.attention = "tpu"
+  gpu = "cudnn" if half else "xla"
+  config.rollout.attention = "tpu" if platform == "tpu" else gpu
   return dataclasses.replace(experiment, config=config)
 
 
@@ -197,12 +149,13 @@ def plan(experiment: Experiment, image_size: tuple[int, int]) -> Plan:
   views = views if isinstance(views, int) else max(views)
   shape = (views, *image_size)
   device = mesh.devices.flat[0]
-  gpu_options = compiler_options(experiment.config.cuda_graphs)
-  options = {"cpu": _CPU_OPTIONS, "gpu": gpu_options}
+  options = compiler_options(experiment.config.cuda_graphs, device.platform)
+  if device.platform == "cpu":
+    options = _CPU_OPTIONS
 
   lowered = lower_step(experiment, shape)
   started = time.perf_counter()
-  compiled = lowered.compile(options.get(device.platform))
+  compiled = lowered.compile(options)
   seconds = time.perf_counter() - started
 
   params = param_shapes(config.model)
@@ -283,6 +236,7 @@ def format_plan(plan: Plan) -> str:
   if plan.device == "cpu":
     lines.append(
       "Compiled for CPUs, which compute bfloat16 as float32 and write out all "
-      "attention\nweights: an accelerator needs less temporary memory."
+      "attention\nweights: an accelerator needs less temporary memory; name one "
+      "with --topology."
     )
   return "\n".join(lines)

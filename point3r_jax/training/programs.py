@@ -39,14 +39,15 @@ _log = logging.getLogger(__name__)
 
 
 def compiler_options(
-  cuda_graphs: str = "none",
+  cuda_graphs: str = "none", platform: str | None = None
 ) -> dict[str, bool | str] | None:
-  """Returns XLA's options for training steps on the default device.
+  """Returns XLA's options for training steps.
 
   Args:
     cuda_graphs: what of a step GPUs launch as CUDA graphs, of `CUDA_GRAPHS`.
+    platform: what they run on; None: as the default device.
   """
-  if jax.default_backend() != "gpu":
+  if (platform or jax.default_backend()) != "gpu":
     return None
   return {
     # A step has hundreds of different matrix products: Triton would tune each

@@ -5,18 +5,12 @@ import jax.numpy as jnp
 import pytest
 
 from point3r_jax.config import PRESETS
-from point3r_jax.data.errors import InputError
 from point3r_jax.params import param_shapes
 from point3r_jax.training import plan as plan_module
 from point3r_jax.training import sharding, step
 from point3r_jax.training.collectives import Traffic, count_collectives
 from point3r_jax.training.experiment import open_experiment
-from point3r_jax.training.plan import (
-  fake_devices,
-  format_plan,
-  plan,
-  topology_devices,
-)
+from point3r_jax.training.plan import format_plan, plan
 from point3r_jax.training.sharding import on_each_part
 from tests import micro
 from tests.training import micro_run
@@ -131,14 +125,3 @@ def test_collectives_count_as_often_as_they_run():
     "reduce-scatter": Traffic(1, 4 * 2),
   }
   assert result.unbounded == 1
-
-
-def test_devices_that_cannot_be_had():
-  fake_devices(8)  # These are there.
-  with pytest.raises(InputError, match="JAX has started with 8 of cpu"):
-    fake_devices(5)
-  with pytest.raises(InputError, match="at least 1 device"):
-    fake_devices(0)
-  # Without the compiler, or with it but without such a thing.
-  with pytest.raises(InputError, match=r"point3r-jax\[tpu\]|no TPU topology"):
-    topology_devices("v5p-128")
