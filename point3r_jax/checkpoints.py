@@ -35,6 +35,7 @@ from point3r_jax.array_files import (
   read_arrays,
 )
 from point3r_jax.config import PRESETS, ModelConfig, preset
+from point3r_jax.export.files import atomic_file
 from point3r_jax.params import (
   cast_params,
   check_params,
@@ -118,9 +119,8 @@ def write_config(
 ) -> None:
   """Writes `config.json`: complete or not at all."""
   contents = {"model": config.to_dict(), "metadata": dict(metadata)}
-  part = directory / f".{_CONFIG}.part"
-  part.write_text(json.dumps(contents, indent=2) + "\n")
-  part.replace(directory / _CONFIG)
+  with atomic_file(directory / _CONFIG) as file:
+    file.write((json.dumps(contents, indent=2) + "\n").encode())
 
 
 def read_config(
@@ -207,6 +207,21 @@ def _locate(
   return directory, directory
 
 
+def load_config(checkpoint: str | os.PathLike) -> ModelConfig:
+  """Returns what `load_checkpoint` does, less the parameters.
+
+  Raises:
+    CheckpointError: if there is no such checkpoint or its config is damaged.
+  """
+  if str(checkpoint).startswith(UNTRAINED):
+    try:
+      return preset(str(checkpoint).removeprefix(UNTRAINED))
+    except ValueError as error:
+      raise CheckpointError(str(error)) from error
+  config, _ = read_config(_locate(checkpoint)[0])
+  return config.replace(scan_layers=False)
+
+
 def load_metadata(checkpoint: str | os.PathLike) -> dict[str, Any]:
   """Returns what `save_checkpoint` was given as metadata.
 
@@ -288,10 +303,7 @@ def load_checkpoint(
   if name.startswith(UNTRAINED):
     if ema:
       raise CheckpointError(f"{name} has no moving average; ask for none")
-    try:
-      config = preset(name.removeprefix(UNTRAINED))
-    except ValueError as error:
-      raise CheckpointError(str(error)) from error
+    config = load_config(name)
     params = init_params(config)
   else:
     config, params = load_params_to_host(checkpoint, ema=ema)

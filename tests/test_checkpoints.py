@@ -1,6 +1,7 @@
 """Checkpoint directories: complete, as written, or a clear error."""
 
 import json
+import shutil
 
 import chex
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import point3r_jax as p3r
-from point3r_jax.checkpoints import load_metadata
+from point3r_jax.checkpoints import load_config, load_metadata
 from point3r_jax.params import param_shapes
 from tests import micro
 
@@ -49,9 +50,18 @@ def test_untrained_presets():
 
 
 @pytest.mark.parametrize("name", ["nowhere", "untrained:huge", "."])
-def test_unknown_checkpoints(name):
+@pytest.mark.parametrize("load", [p3r.load_checkpoint, load_config])
+def test_unknown_checkpoints(load, name):
   with pytest.raises(p3r.CheckpointError, match=r"preset|not a checkpoint"):
-    p3r.load_checkpoint(name)
+    load(name)
+
+
+def test_a_config_is_read_without_its_parameters(tmp_path):
+  path = tmp_path / "stacked"
+  p3r.save_checkpoint(path, micro.SCANNED, micro.scanned_params())
+  shutil.rmtree(path / "params")
+  assert load_config(path) == micro.CONFIG
+  assert load_config("untrained:small") == p3r.preset("small")
 
 
 def test_existing_directories_are_kept(checkpoint):
