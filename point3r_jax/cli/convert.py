@@ -17,7 +17,13 @@ from point3r_jax.checkpoints import (
 )
 from point3r_jax.cli.common import run
 from point3r_jax.convert.torch_file import open_tensors
-from point3r_jax.convert.torch_weights import export_weights, import_weights
+from point3r_jax.convert.torch_weights import (
+  export_metadata,
+  export_weights,
+  import_weights,
+)
+from point3r_jax.data.images import check_size
+from point3r_jax.export.files import atomic_file
 
 _DTYPES = {
   "float32": jnp.float32,
@@ -50,15 +56,14 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument(
     "--image_size",
     type=int,
-    choices=(224, 512),
-    default=512,
-    help="side the weights were trained for (default: %(default)s)",
+    help="side of the images that the weights were trained for, a multiple of "
+    "16 (default: what the file says, as after --to_torch; otherwise 512)",
   )
   parser.add_argument(
     "--seed",
     type=int,
     default=0,
-    help="of the parts that DUSt3R lacks (default: %(default)s)",
+    help="seed of the parts that DUSt3R lacks (default: %(default)s)",
   )
   parser.add_argument(
     "--to_torch", action="store_true", help="convert back to published names"
@@ -77,6 +82,8 @@ def _check_output(path: pathlib.Path, overwrite: bool) -> None:
 def _from_torch(flags: argparse.Namespace) -> None:
   output = pathlib.Path(flags.output)
   _check_output(output, flags.overwrite)
+  if flags.image_size is not None:
+    check_size(flags.image_size)
   dtype = _DTYPES.get(flags.dtype)
   with open_tensors(flags.input) as tensors:
     result = import_weights(
@@ -117,12 +124,8 @@ def _to_torch(flags: argparse.Namespace) -> None:
   tensors = dict(export_weights(config, params))
   del params
   output.parent.mkdir(parents=True, exist_ok=True)
-  part = output.with_name(f".{output.name}.part")
-  try:
-    save_file(tensors, part)
-    part.replace(output)
-  finally:
-    part.unlink(missing_ok=True)
+  with atomic_file(output) as file:
+    save_file(tensors, file.name, export_metadata(config))
   print(f"{output}: {len(tensors)} tensors under their published names")
 
 

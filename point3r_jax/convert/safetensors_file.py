@@ -67,7 +67,7 @@ def open_safetensors(path: str | os.PathLike[str]) -> TensorFile:
         "download or save it again."
       ) from error
     close = stack.pop_all().close
-  return TensorFile(path, infos, file.get_tensor, close)
+  return TensorFile(path, infos, file.get_tensor, close, file.metadata())
 
 
 def _info(path: str, file: safetensors.safe_open, name: str) -> TensorInfo:

@@ -39,7 +39,14 @@ class TensorFile(Mapping[str, TensorInfo]):
 
   If every name in the file starts with `module.` (a model that was saved inside
   a data-parallel wrapper), the names are given without it.
+
+  Attributes:
+    path: The file, for messages.
+    metadata: Words that the file holds beside the tensors, by their names.
   """
+
+  path: str
+  metadata: Mapping[str, str]
 
   def __init__(
     self,
@@ -47,6 +54,7 @@ class TensorFile(Mapping[str, TensorInfo]):
     infos: Mapping[str, TensorInfo],
     read: Callable[[str], np.ndarray],
     close: Callable[[], None],
+    metadata: Mapping[str, str] | None = None,
   ):
     """Wraps an open file; `open_tensors` is the public way to get one.
 
@@ -55,10 +63,12 @@ class TensorFile(Mapping[str, TensorInfo]):
       infos: The tensors by their names in the file.
       read: Reads the tensor of this name in the file.
       close: Lets go of the file.
+      metadata: What else the file says.
     """
     wrapped = all(name.startswith(_WRAPPER_PREFIX) for name in infos)
     prefix = _WRAPPER_PREFIX if wrapped else ""
     self.path = os.fspath(path)
+    self.metadata = dict(metadata or {})
     self._names = {name.removeprefix(prefix): name for name in infos}
     self._infos = dict(infos)
     self._read = read

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from point3r_jax.config import ModelConfig
 from point3r_jax.convert.names import (
+  Shape,
   Weight,
   config_from_shapes,
   from_dust3r,
@@ -24,6 +26,8 @@ from point3r_jax.params import (
   param_shapes,
 )
 
+# The name in a file's metadata of the config that the weights came from.
+_CONFIG = "point3r_jax.config"
 # Heads of other tasks that DUSt3R's files may carry along; no use for them.
 _IGNORED_BY_DUST3R = ("mask_token", "prediction_head.")
 # What a model gets fresh when it starts from DUSt3R.
@@ -46,7 +50,7 @@ class Import:
   """What came of a file.
 
   Attributes:
-    config: the model's size, read off the shapes.
+    config: the model's size, read off the metadata or the shapes.
     params: nested dictionary of NumPy arrays, complete.
     kind: "point3r" or "dust3r".
     initialised: published names that the file lacks and that start fresh.
@@ -106,10 +110,23 @@ def _check(
   return initialised
 
 
+def _config(
+  tensors: TensorFile, shapes: Mapping[str, Shape], image_size: int | None
+) -> ModelConfig:
+  """Returns the config that the file holds, or what its shapes tell."""
+  said = tensors.metadata.get(_CONFIG)
+  if said is None:
+    return config_from_shapes(shapes, image_size or ModelConfig().image_size)
+  config = ModelConfig.from_dict(dict(json.loads(said)))
+  return config.replace(
+    image_size=image_size or config.image_size, scan_layers=False
+  )
+
+
 def import_weights(
   tensors: TensorFile,
   *,
-  image_size: int = 512,
+  image_size: int | None = None,
   dtype: np.dtype | None = None,
   seed: int = 0,
 ) -> Import:
@@ -118,7 +135,10 @@ def import_weights(
   Args:
     tensors: an open file with the published names of Point3R or DUSt3R. From
       the latter, the parts it lacks are initialised as training starts them.
-    image_size: side the weights were trained for (no shape tells it).
+      Sizes that shapes do not tell are as published, unless the file has the
+      metadata of `export_metadata`.
+    image_size: side the weights were trained for, which no shape tells; None:
+      what the file says, or 512 if it says nothing.
     dtype: type to store; None keeps each tensor's own.
     seed: of the parts to initialise.
 
@@ -135,14 +155,13 @@ def import_weights(
     ignored = tuple(n for n in tensors if n.startswith(_IGNORED_BY_DUST3R))
     sources = from_dust3r([n for n in tensors if n not in ignored])
   try:
-    config = config_from_shapes(
-      {new: tensors[old].shape for new, old in sources.items()}, image_size
-    )
+    shapes = {new: tensors[old].shape for new, old in sources.items()}
+    config = _config(tensors, shapes, image_size)
     table = weight_table(config)
-  except (KeyError, ValueError, IndexError) as error:
+  except (KeyError, ValueError, IndexError, TypeError) as error:
     raise CheckpointFileError(
       f"{tensors.path} is not a Point3R or DUSt3R checkpoint: the model's size "
-      f"cannot be told from its tensors ({error})"
+      f"cannot be told from its tensors and metadata ({error})"
     ) from error
   initialised = _check(tensors, sources, table, config, fresh)
 
@@ -168,6 +187,14 @@ def import_weights(
   return Import(
     config, flax.traverse_util.unflatten_dict(flat), kind, initialised, ignored
   )
+
+
+def export_metadata(config: ModelConfig) -> dict[str, str]:
+  """Returns what a file should say beside the tensors, for `import_weights`.
+
+  Shapes do not tell how many heads a layer has, for one.
+  """
+  return {_CONFIG: json.dumps(config.to_dict())}
 
 
 def export_weights(

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import point3r_jax as p3r
-from point3r_jax.checkpoints import load_metadata
+from point3r_jax.checkpoints import load_config, load_metadata
 from point3r_jax.cli.convert import main
 from point3r_jax.convert.names import config_from_shapes, weight_table
 from tests import goldens
@@ -125,6 +125,54 @@ def test_there_and_back_is_bit_exact(tmp_path, state, dtype, kind):
   for name, tensor in state.items():
     assert result[name].dtype == tensor.dtype
     assert result[name].tobytes() == tensor.tobytes(), name
+
+
+def test_there_and_back_keeps_what_shapes_do_not_tell(tmp_path, capsys):
+  """How many heads a layer has, and for which images a model is."""
+  config, params = p3r.load_checkpoint("tiny")
+  config = config.replace(rotary_bases=(10.0, 100.0))
+  p3r.save_checkpoint(tmp_path / "in", config, params)
+  exported = tmp_path / "exported.safetensors"
+  assert convert(tmp_path / "in", exported, "--to_torch") == 0
+  assert convert(exported, tmp_path / "out") == 0
+  back, again = p3r.load_checkpoint(tmp_path / "out")
+  assert back == config
+  assert_same(again, params)
+
+  flags = ["--image_size", "96"]
+  assert convert(exported, tmp_path / "small", *flags) == 0
+  assert load_config(tmp_path / "small") == config.replace(image_size=96)
+  capsys.readouterr()
+  assert convert(exported, tmp_path / "odd", "--image_size", "100") == 2
+  assert "100 is not a multiple of 16" in capsys.readouterr().err
+
+
+def test_without_metadata_images_are_as_published(tmp_path, state):
+  save_file(state, tmp_path / "in.safetensors")
+  for flags, size in ([], 512), (["--image_size", "224"], 224):
+    out = tmp_path / str(size)
+    assert convert(tmp_path / "in.safetensors", out, *flags) == 0
+    assert load_config(out).image_size == size
+
+
+@pytest.mark.parametrize(
+  ("said", "message"),
+  [
+    ("{", "metadata"),
+    ("3", "metadata"),
+    ("[]", "of an unexpected shape: "),
+    ('{"heads": 3}', "unknown model config fields: ['heads']"),
+    ("{}", "of an unexpected shape: "),
+  ],
+)
+def test_metadata_that_do_not_fit_are_refused(
+  tmp_path, state, capsys, said, message
+):
+  metadata = {"point3r_jax.config": said}
+  save_file(state, tmp_path / "in.safetensors", metadata)
+  assert convert(tmp_path / "in.safetensors", tmp_path / "out") == 2
+  error = capsys.readouterr().err
+  assert message in error and error.count("\n") == 1
 
 
 def test_dtype(tmp_path, state):
