@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
+import multiprocessing.util
+import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from point3r_jax.checkpoints import CheckpointError
 from point3r_jax.convert.tensor_file import CheckpointFileError
@@ -27,6 +31,9 @@ _USER_ERRORS = (
 
 # Exit code of a program that Ctrl-C ended.
 INTERRUPTED = 130
+
+_ONCE = "\nstopping after the frames under way; Ctrl-C again ends at once"
+_AGAIN = "\ninterrupted again: ending at once"
 
 # Options of `Stream` that `add_model_flags` makes flags of.
 _OPTIONS = (
@@ -48,27 +55,36 @@ def add_model_flags(
     What adds a flag to their group.
   """
   add = parser.add_argument_group("model").add_argument
-  add("--precision", choices=sorted(POLICIES), help=f"default: {precision}")
-  add("--capacity", type=int, help="pointers to have room for at the start")
-  add("--max_capacity", type=int, help="pointers never to exceed")
+  add(
+    "--precision",
+    choices=sorted(POLICIES),
+    help=f"of arithmetic (default: {precision})",
+  )
+  add("--capacity", type=int, help="pointers to make room for at the start")
+  add(
+    "--max_capacity",
+    type=int,
+    help="most pointers to keep; others are merged into their nearest",
+  )
   add(
     "--no_fusion",
     dest="fusion",
     action="store_false",
     default=None,
-    help="keep all pointers",
+    help="keep all pointers and fuse none",
   )
   add(
     "--fusion_divisor",
     type=float,
-    help="the scene's extent over this is the fusion distance (default: 20)",
+    help="pointers are fused within the scene's extent divided by this "
+    "(default: 20)",
   )
   add(
     "--no_rotary",
     dest="rotary",
     action="store_false",
     default=None,
-    help="leave out the 3D rotary embedding: for models trained without it",
+    help="leave out the 3D rotary embedding, for models trained without it",
   )
   return add
 
@@ -92,38 +108,73 @@ def run(program: Callable[[], int | None]) -> int:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
-    _ignore_interrupts()
+    _end_on_interrupt()
     print("interrupted", file=sys.stderr)
     return INTERRUPTED
 
 
-def _ignore_interrupts() -> None:
-  """Lets a process that is ending anyway end in order."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
+def end(code: int) -> NoReturn:
+  """Ends the process of a script, whose work is done.
+
+  The interpreter would wait for its threads. One that compiles a program ahead
+  of need can take minutes, and nobody needs the program any more.
+
+  Args:
+    code: the exit code.
+  """
+  _end_on_interrupt()
+  running = set(threading.enumerate()) - {threading.main_thread()}
+  if all(thread.daemon for thread in running):
+    sys.exit(code)
+  # What the interpreter would have done that matters here.
+  logging.shutdown()
+  multiprocessing.util._run_finalizers()  # Removes its temporary folder.
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
+
+
+def _end_on_interrupt() -> None:
+  """Lets Ctrl-C end a process that is ending anyway, without a traceback."""
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
 def stop_on_interrupt() -> Iterator[threading.Event]:
   """Turns Ctrl-C into an event, so that what was begun can be finished.
 
-  A program that was stopped is about to end: further Ctrl-C are ignored until
-  it has, so the interpreter's own end is not cut short either.
+  A second one ends the process at once: a compilation cannot be stopped, and a
+  device may never answer.
   """
   stop = threading.Event()
   if threading.current_thread() is not threading.main_thread():
     yield stop  # Signals are not this thread's.
     return
+  # A handler in Python would have to wait until the main thread comes back from
+  # the device; numbers of signals come through this at once.
+  receiver, sender = socket.socketpair()
+  sender.setblocking(False)
 
-  def handle(*_):
-    if not stop.is_set():
-      print("\nstopping after the frames under way ...", file=sys.stderr)
-    stop.set()
+  def watch() -> None:
+    while number := receiver.recv(1):
+      if number[0] != signal.SIGINT:
+        continue
+      again = stop.is_set()
+      stop.set()
+      with contextlib.suppress(OSError):  # Nobody may be there to read it.
+        print(_AGAIN if again else _ONCE, file=sys.stderr)
+      if again:
+        os._exit(INTERRUPTED)
 
-  previous = signal.signal(signal.SIGINT, handle)
-  try:
-    yield stop
-  finally:
-    if stop.is_set():
-      _ignore_interrupts()
-    else:
-      signal.signal(signal.SIGINT, previous)
+  thread = threading.Thread(target=watch, name="interrupts", daemon=True)
+  with receiver, sender:
+    thread.start()
+    handler = signal.signal(signal.SIGINT, lambda *_: None)
+    wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    try:
+      yield stop
+    finally:
+      signal.set_wakeup_fd(wakeup)
+      signal.signal(signal.SIGINT, handler)
+      sender.shutdown(socket.SHUT_WR)  # Ends the thread.
+      thread.join()

@@ -344,20 +344,20 @@ def test_weights_that_give_no_camera_are_an_error(tmp_path, photos, capsys):
   assert "not finite" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-  ("frames", "interrupts"),
-  [pytest.param(0, 3, marks=pytest.mark.slow), (20, 1)],
-)
-def test_ctrl_c_leaves_a_complete_set_of_files(
-  checkpoint, tmp_path, frames, interrupts
-):
-  """Before the first frame (while compiling) and after some."""
-  video = write_video(tmp_path / "long.mp4", 2000)
-  out = tmp_path / "out"
+def interrupt(checkpoint, folder, frames, interrupts):
+  """Interrupts a run of its own after some frames; returns what it wrote."""
+  video = write_video(folder / "long.mp4", 2000)
+  out = folder / "out"
   command = [sys.executable, ROOT / "reconstruct.py"]
   command += ["--checkpoint", checkpoint, "--input", video, "--output", out]
+  environment = dict(os.environ)
+  del environment["JAX_COMPILATION_CACHE_DIR"]  # Compilation takes its time.
   process = subprocess.Popen(
-    command, stderr=subprocess.PIPE, text=True, start_new_session=True
+    command,
+    stderr=subprocess.PIPE,
+    text=True,
+    start_new_session=True,
+    env=environment,
   )
   depth, deadline = out / "depth", time.monotonic() + 120
   while not depth.exists() or len(list(depth.glob("*.png"))) < frames:
@@ -365,16 +365,33 @@ def test_ctrl_c_leaves_a_complete_set_of_files(
     time.sleep(0.05)
   for _ in range(interrupts):
     os.killpg(process.pid, signal.SIGINT)  # As a terminal does.
-    time.sleep(0.02)
+    time.sleep(0.1)
   _, error = process.communicate(timeout=60)
   assert process.returncode == 130, error
   assert "Traceback" not in error
+  return out, error
+
+
+@pytest.mark.parametrize(
+  "frames", [pytest.param(0, marks=pytest.mark.slow), 20]
+)
+def test_ctrl_c_leaves_a_complete_set_of_files(checkpoint, tmp_path, frames):
+  """Before the first frame (while compiling) and after some."""
+  out, _ = interrupt(checkpoint, tmp_path, frames, 1)
   summary = json.loads((out / "summary.json").read_text())
   done = summary["frames"]
   assert frames <= done < 2000
   assert summary["interrupted"] is True and summary["complete"] is False
   assert len((out / "trajectory.txt").read_text().splitlines()) == done + 1
-  assert len(list(depth.iterdir())) == done
+  assert len(list((out / "depth").iterdir())) == done
   cameras = json.loads((out / "cameras.json").read_text())
   assert len(cameras["frames"]) == done
   assert (len(read_ply(out / "scene.ply")) > 0) == (done > 0)
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_does_not_wait_for_compilation(checkpoint, tmp_path):
+  out, error = interrupt(checkpoint, tmp_path, 0, 2)
+  assert "ending at once" in error
+  summary = json.loads((out / "summary.json").read_text())
+  assert summary.keys() == {"format", "complete"} and not summary["complete"]
