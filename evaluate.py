@@ -4,9 +4,7 @@ python evaluate.py --task video_depth --dataset bonn --data /data/bonn \
   --checkpoint point3r_512 --output output/bonn
 """
 
-import sys
-
-from point3r_jax.cli.evaluate import main
+from point3r_jax.cli.evaluate import script
 
 if __name__ == "__main__":
-  sys.exit(main())
+  script()

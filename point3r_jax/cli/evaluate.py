@@ -8,12 +8,14 @@ import logging
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import tqdm
 
 from point3r_jax.cli.common import (
   INTERRUPTED,
   add_model_flags,
+  end,
   model_options,
   run,
   stop_on_interrupt,
@@ -30,7 +32,11 @@ def _parser() -> argparse.ArgumentParser:
     "docs/evaluation.md.",
   )
   add = parser.add_argument
-  add("--task", choices=_TASKS, help="default: synthetic for that dataset")
+  add(
+    "--task",
+    choices=_TASKS,
+    help="what to measure (default: the dataset's task, if it has just one)",
+  )
   add("--dataset", required=True, help="such as bonn; see docs/evaluation.md")
   add("--data", help="the dataset's folder")
   add(
@@ -38,8 +44,12 @@ def _parser() -> argparse.ArgumentParser:
     help="what to predict with, as for reconstruct.py; without it, predictions "
     "that are in the output folder are scored again",
   )
-  add("--output", required=True, help="folder for predictions and reports")
-  add("--ema", action="store_true", help="take the moving average")
+  add("--output", help="folder for predictions and reports")
+  add(
+    "--ema",
+    action="store_true",
+    help="take the moving average that training kept of the parameters",
+  )
   add(
     "--options",
     nargs="+",
@@ -50,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
   add(
     "--list_options",
     action="store_true",
-    help="print the options of the task and dataset, and end",
+    help="print the options of the task and dataset as JSON, and end",
   )
   add(
     "--allow_missing",
@@ -107,13 +117,18 @@ class _Bar:
 
 def _run(flags: argparse.Namespace) -> int:
   # Imported late: it needs the libraries of the extra `eval`.
+  from point3r_jax.evaluation.benchmarks import default_task
   from point3r_jax.evaluation.requests import Request, known_options
   from point3r_jax.evaluation.runner import Progress, evaluate
 
-  task = flags.task or flags.dataset
+  task = flags.task or default_task(flags.dataset)
   if flags.list_options:
     print(json.dumps(known_options(task, flags.dataset), indent=2))
     return 0
+  if flags.output is None:
+    raise InputError(
+      "--output is missing: name a folder for predictions and reports"
+    )
   request = Request(
     task=task,
     dataset=flags.dataset,
@@ -152,3 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   logging.basicConfig(format="%(message)s", force=True)
   logging.getLogger("point3r_jax").setLevel(logging.INFO)
   return run(lambda: _run(flags))
+
+
+def script() -> NoReturn:
+  """Runs the program with the process's arguments, and ends the process."""
+  end(main())

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from point3r_jax.data.errors import InputError
 from point3r_jax.evaluation.benchmarks import (
-  DATASETS,
   Benchmark,
+  find_dataset,
   open_benchmark,
 )
 from point3r_jax.evaluation.made_up import SyntheticTask, SyntheticTaskOptions
@@ -96,10 +96,8 @@ def _options(
   task: str, dataset: str, overrides: Mapping[str, Any]
 ) -> tuple[Any, Any]:
   """Divides options among the dataset's and the task's dataclasses."""
-  if dataset not in DATASETS.get(task, {}):
-    known = "; ".join(f"{key}: {', '.join(DATASETS[key])}" for key in DATASETS)
-    raise InputError(f"no dataset {dataset!r} for {task!r}; there are {known}")
-  entry, data = _TASKS[task], DATASETS[task][dataset].options
+  data = find_dataset(task, dataset).options
+  entry = _TASKS[task]
   fields = {
     cls: [field.name for field in dataclasses.fields(cls)]
     for cls in (data, entry.options)

@@ -199,7 +199,11 @@ def test_published_protocol_on_a_miniature(
   ("words", "message"),
   [
     (["--dataset", "kiti", "--task", "relpose"], "no dataset 'kiti'"),
-    (["--dataset", "bonn"], "no dataset 'bonn' for 'bonn'"),
+    (["--dataset", "kiti"], "no dataset 'kiti'"),
+    (
+      ["--dataset", "bonn"],
+      "--task is missing: bonn is in monodepth, video_depth",
+    ),
     (["--dataset", "synthetic", "--options", "frame=3"], "no option frame"),
     (["--dataset", "synthetic", "--options", "frames"], "NAME=VALUE"),
     (["--dataset", "synthetic", "--options", "frames=x"], "option frames"),
@@ -235,9 +239,11 @@ def test_wrong_flags_are_one_line(tmp_path, capsys, words, message):
   assert not (tmp_path / "out" / "metrics.json").exists()
 
 
-def test_options_are_listed(tmp_path, capsys):
-  words = ["--task", "monodepth", "--dataset", "sintel", "--list_options"]
-  assert main([*words, "--output", str(tmp_path)]) == 0
+def test_options_are_listed_without_a_place_for_output(capsys):
+  words = ["--task", "monodepth", "--dataset", "sintel"]
+  assert main(words) == 2
+  assert "--output is missing" in capsys.readouterr().err
+  assert main([*words, "--list_options"]) == 0
   options = json.loads(capsys.readouterr().out)
   assert options["max_depth"] == options["post_clip"] == 70
   assert options["alignments"] == ["median"]

@@ -14,6 +14,7 @@ from point3r_jax.evaluation.benchmarks import (
   DATASETS,
   Dataset,
   Layout,
+  default_task,
   open_benchmark,
   sintel,
 )
@@ -89,6 +90,13 @@ class TestOpenBenchmark:
   def test_unknown_pair(self, tmp_path, task, dataset):
     message = f"no dataset '{dataset}' for '{task}'.*relpose: scannet, tum, "
     fails(task, dataset, tmp_path, message)
+
+  def test_default_task(self):
+    assert default_task("tum") == "relpose"
+    with pytest.raises(InputError, match=r"sintel is in monodepth, .*relpose"):
+      default_task("sintel")
+    with pytest.raises(InputError, match="no dataset 'tun'; there are mv_rec"):
+      default_task("tun")
 
   def test_options(self, tmp_path):
     fails("relpose", "tum", tmp_path, "no option 'x'; .*stride", {"x": 1})

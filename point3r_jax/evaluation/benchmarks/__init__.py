@@ -38,7 +38,15 @@ from point3r_jax.evaluation.benchmarks.base import (
 from point3r_jax.evaluation.benchmarks.builders import DepthOptions
 from point3r_jax.evaluation.options import parse_options
 
-__all__ = ["DATASETS", "Benchmark", "Dataset", "Layout", "open_benchmark"]
+__all__ = [
+  "DATASETS",
+  "Benchmark",
+  "Dataset",
+  "Layout",
+  "default_task",
+  "find_dataset",
+  "open_benchmark",
+]
 
 
 def _depth_datasets(independent: bool) -> dict[str, Dataset]:
@@ -76,6 +84,41 @@ DATASETS: dict[str, dict[str, Dataset]] = {
 }
 
 
+def default_task(dataset: str) -> str:
+  """Returns the only task that a dataset is for.
+
+  Raises:
+    InputError: it is for several tasks or none.
+  """
+  tasks = [task for task in DATASETS if dataset in DATASETS[task]]
+  if not tasks:
+    raise InputError(f"no dataset {dataset!r}; there are {_list_datasets()}")
+  if len(tasks) > 1:
+    raise InputError(
+      f"--task is missing: {dataset} is in {', '.join(tasks)}; name one of them"
+    )
+  return tasks[0]
+
+
+def find_dataset(task: str, dataset: str) -> Dataset:
+  """Returns a dataset.
+
+  Raises:
+    InputError: there is none of this name for the task.
+  """
+  found = DATASETS.get(task, {}).get(dataset)
+  if found is None:
+    raise InputError(
+      f"no dataset {dataset!r} for {task!r}; there are {_list_datasets()}"
+    )
+  return found
+
+
+def _list_datasets() -> str:
+  """Returns the names of all tasks and datasets."""
+  return "; ".join(f"{task}: {', '.join(DATASETS[task])}" for task in DATASETS)
+
+
 def open_benchmark(
   task: str,
   dataset: str,
@@ -99,10 +142,7 @@ def open_benchmark(
     InputError: there is no such dataset or option, or some of the sequences
       are missing or broken, which are listed with the reasons.
   """
-  entry = DATASETS.get(task, {}).get(dataset)
-  if entry is None:
-    known = "; ".join(f"{key}: {', '.join(DATASETS[key])}" for key in DATASETS)
-    raise InputError(f"no dataset {dataset!r} for {task!r}; there are {known}")
+  entry = find_dataset(task, dataset)
   parsed = parse_options(entry.options, options)
   layout = entry.layout(None if root is None else Path(root), parsed)
   sequences, left_out = build_sequences(layout, allow_missing)
