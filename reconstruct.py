@@ -3,9 +3,7 @@
 python reconstruct.py --input walk.mp4 --checkpoint point3r_512 --output walk
 """
 
-import sys
-
-from point3r_jax.cli.reconstruct import main
+from point3r_jax.cli.reconstruct import script
 
 if __name__ == "__main__":
-  sys.exit(main())
+  script()

@@ -8,16 +8,22 @@ import statistics
 import sys
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import tqdm
 
 from point3r_jax import pretrained
-from point3r_jax.checkpoints import UNTRAINED, load_checkpoint, load_metadata
+from point3r_jax.checkpoints import (
+  UNTRAINED,
+  load_checkpoint,
+  load_config,
+  load_metadata,
+)
 from point3r_jax.cli.common import (
   INTERRUPTED,
   add_model_flags,
+  end,
   model_options,
   run,
   stop_on_interrupt,
@@ -39,7 +45,8 @@ from point3r_jax.stream import Stream
 from point3r_jax.versions import installed_versions
 
 _PACKAGES = ("point3r-jax", "jax", "jaxlib", "flax", "numpy")
-# Frames whose times are left out of statistics: compilation, first transfers.
+# First frames whose times are left out of statistics: not only do they wait for
+# compilation.
 _WARM_UP = 3
 
 
@@ -58,8 +65,9 @@ def _parser() -> argparse.ArgumentParser:
   add(
     "--checkpoint",
     required=True,
-    help="a directory that convert_torch_weights.py wrote; one that comes "
-    f"along ({', '.join(pretrained.names()) or 'there is none'}); or "
+    help="a directory that convert_torch_weights.py or train.py wrote; the "
+    "name of a bundled checkpoint "
+    f"({', '.join(pretrained.names()) or 'there is none'}); or "
     f"{UNTRAINED}PRESET for random weights",
   )
   add("--output", required=True, help="the folder to write")
@@ -78,24 +86,31 @@ def _parser() -> argparse.ArgumentParser:
   add(
     "--size",
     type=int,
-    help="of images: their long side, a multiple of 16; 224 is a central "
-    "square (default: the checkpoint's)",
+    help="long side that images are scaled to, a multiple of 16; 224 takes "
+    "the central square (default: the checkpoint's)",
   )
   add(
     "--stride",
     type=int,
     default=1,
-    help="take every how many frames one (default: %(default)s)",
+    metavar="N",
+    help="take every N-th frame (default: %(default)s)",
   )
-  add("--start", type=int, default=0, help="first frame (default: %(default)s)")
-  add("--end", type=int, help="frame after the last")
-  add("--max_frames", type=int, help="take at most so many")
+  add(
+    "--start",
+    type=int,
+    default=0,
+    metavar="N",
+    help="the first frame to take, counted from 0 (default: %(default)s)",
+  )
+  add("--end", type=int, metavar="N", help="stop before frame N")
+  add("--max_frames", type=int, metavar="N", help="stop after N frames")
   add("--shuffle", action="store_true", help="take images in random order")
   add(
     "--seed",
     type=int,
     default=0,
-    help="of the random order (default: %(default)s)",
+    help="seed of the random order (default: %(default)s)",
   )
 
   add = add_model_flags(
@@ -114,14 +129,14 @@ def _parser() -> argparse.ArgumentParser:
     type=float,
     default=20.0,
     metavar="PERCENTILE",
-    help="share of each frame's pixels, the least confident, to leave out of "
+    help="percent of each frame's pixels, the least confident, to leave out of "
     "the cloud (default: %(default)s)",
   )
   add(
     "--voxel_size",
     type=float,
-    help="edge of the cloud's voxels, in the "
-    "model's unit; default: a 500th of the first frame's extent",
+    help="edge of the cloud's voxels, in the model's unit (default: a 500th "
+    "of the first frame's extent)",
   )
   add(
     "--max_points",
@@ -153,16 +168,35 @@ def _notice(checkpoint: str) -> str | None:
   return load_metadata(checkpoint).get("notice")
 
 
-def _statistics(seconds: Sequence[float]) -> dict[str, float] | None:
-  """Returns what a frame took after warm-up; None if there were too few."""
-  seconds = sorted(seconds[_WARM_UP:])
-  if not seconds:
+def _statistics(
+  seconds: Sequence[float], compiled: Sequence[int], together: int
+) -> dict[str, float] | None:
+  """Returns what frames took that waited for no compilation.
+
+  Args:
+    seconds: from each written frame to the next.
+    compiled: how many programs were, when each frame was written.
+    together: frames that are encoded at once. They are written close together,
+      so all of them are left out if a program was finished meanwhile.
+
+  Returns:
+    The statistics; None if no frame is left.
+  """
+  kept, before = [], 0
+  for first in range(0, len(seconds), together):
+    group = slice(first, first + together)
+    now = compiled[group][-1]
+    if now == before:
+      kept += seconds[max(first, _WARM_UP) : group.stop]
+    before = now
+  if not kept:
     return None
+  kept.sort()
   return {
-    "median": statistics.median(seconds),
-    "mean": statistics.fmean(seconds),
-    "p95": seconds[min(len(seconds) - 1, int(0.95 * len(seconds)))],
-    "frames_left_out": _WARM_UP,
+    "median": statistics.median(kept),
+    "mean": statistics.fmean(kept),
+    "p95": kept[min(len(kept) - 1, int(0.95 * len(kept)))],
+    "frames_left_out": len(seconds) - len(kept),
   }
 
 
@@ -171,6 +205,7 @@ def _summary(
   stream: Stream,
   frames: FrameSource,
   progress: Progress,
+  compiled: Sequence[int],
   facts: dict[str, Any],
 ) -> dict[str, Any]:
   lost = frames.lost
@@ -188,7 +223,9 @@ def _summary(
     "pointers": progress.pointers,
     "capacity": stream.capacity,
     "overflow": progress.overflow,
-    "seconds_per_frame": _statistics(progress.seconds),
+    "seconds_per_frame": _statistics(
+      progress.seconds, compiled, stream.look_ahead
+    ),
     "seconds_of_frames": [round(x, 6) for x in progress.seconds],
     "compile_seconds": {
       str(capacity): round(seconds, 3)
@@ -222,6 +259,13 @@ def _open_stream(
     raise InputError(str(error)) from error
 
 
+def _check_folder(flags: argparse.Namespace) -> None:
+  """Raises OutputError for a folder that is in the way; changes nothing."""
+  path = pathlib.Path(flags.output)
+  if path.exists() and not (flags.overwrite and path.is_dir()):
+    prepare_folder(path, overwrite=False)
+
+
 def _run(flags: argparse.Namespace) -> int:
   options = SceneOptions(
     write=flags.write,
@@ -230,22 +274,25 @@ def _run(flags: argparse.Namespace) -> int:
     max_points=flags.max_points,
     depth_scale=flags.depth_scale,
   )
-  config, params = load_checkpoint(
-    flags.checkpoint, precision=get_precision(flags.precision)
-  )
+  # All that may be wrong with the flags, before gigabytes are read.
+  _check_folder(flags)
+  size = load_config(flags.checkpoint).image_size
   frames = open_frames(
     flags.input,
-    size=config.image_size if flags.size is None else flags.size,
+    size=size if flags.size is None else flags.size,
     stride=flags.stride,
     start=flags.start,
     end=flags.end,
     max_frames=flags.max_frames,
     shuffle_seed=flags.seed if flags.shuffle else None,
   )
+  config, params = load_checkpoint(
+    flags.checkpoint, precision=get_precision(flags.precision)
+  )
   stream = _open_stream(flags, config, params, frames)
   notice = _notice(flags.checkpoint)
   if notice:
-    print(notice)
+    print(notice, flush=True)
   with stop_on_interrupt() as stop:
     directory = prepare_folder(flags.output, flags.overwrite)
     write_summary(directory, {"complete": False})
@@ -262,12 +309,13 @@ def _write_scene(
   stop: threading.Event,
 ) -> dict[str, Any]:
   """Writes all files; whatever happens, what is done is a valid scene."""
-  progress = Progress()
+  progress, compiled = Progress(), []
   scene = SceneProcess(directory, options, stream.image_size)
   facts, finished = {}, False
   bar = tqdm.tqdm(total=frames.expected_frames, unit="frame", disable=None)
 
   def report(progress: Progress) -> None:
+    compiled.append(len(stream.compile_seconds))
     bar.set_postfix(pointers=progress.pointers[-1], refresh=False)
     bar.update()
 
@@ -279,23 +327,32 @@ def _write_scene(
     try:
       facts = scene.close(complete=finished)
     finally:
-      summary = _summary(flags, stream, frames, progress, facts)
+      summary = _summary(flags, stream, frames, progress, compiled, facts)
       summary["complete"] = finished and not frames.lost.frames
       write_summary(directory, summary)
   return summary
+
+
+def _outcome(summary: dict[str, Any]) -> str:
+  """Says how much was done and how long it took."""
+  seconds, pointers = summary["seconds_of_frames"], summary["pointers"]
+  if not seconds:
+    return "no frames"
+  pace = f"the first after {seconds[0]:.1f} s"
+  if times := summary["seconds_per_frame"]:
+    # The mean: frames that are encoded together are written close together.
+    pace += f", {times['mean'] * 1e3:.1f} ms each without compilation"
+  return (
+    f"{len(seconds)} frames in {sum(seconds):.1f} s ({pace}), {pointers[-1]} "
+    "pointers"
+  )
 
 
 def _conclude(
   directory: pathlib.Path, summary: dict[str, Any], frames: FrameSource
 ) -> int:
   """Says what came out; returns the exit code."""
-  times, pointers = summary["seconds_per_frame"], summary["pointers"]
-  # The mean: frames that were encoded together are written close together.
-  speed = f", {times['mean'] * 1e3:.1f} ms a frame" if times else ""
-  print(
-    f"{directory}: {summary['frames']} frames, "
-    f"{pointers[-1] if pointers else 0} pointers{speed}; see {SUMMARY}"
-  )
+  print(f"{directory}: {_outcome(summary)}; see {SUMMARY}")
   warnings = []
   if frames.lost.frames:
     warnings.append(str(frames.lost))
@@ -325,3 +382,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   """Runs the program; returns its exit code."""
   flags = _parser().parse_args(arguments)
   return run(lambda: _run(flags))
+
+
+def script() -> NoReturn:
+  """Runs the program with the process's arguments, and ends the process."""
+  end(main())

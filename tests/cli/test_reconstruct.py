@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -80,7 +81,7 @@ def read_ply(path):
   return np.frombuffer(body, kind)
 
 
-def test_outputs_agree_with_the_model(checkpoint, photos, tmp_path):
+def test_outputs_agree_with_the_model(checkpoint, photos, tmp_path, capsys):
   flags = ("--write", *OUTPUTS)
   assert reconstruct(checkpoint, tmp_path / "out", [photos], *flags) == 0
   out = tmp_path / "out"
@@ -145,6 +146,24 @@ def test_outputs_agree_with_the_model(checkpoint, photos, tmp_path):
   assert summary["depth_png"]["scale"] == 1000
   assert summary["versions"]["jax"] == jax.__version__
   assert memory.count[0] == summary["pointers"][-1]
+  assert re.search(
+    r"out: 8 frames in \d+\.\d s \(the first after \d+\.\d s, \d+\.\d ms each "
+    rf"without compilation\), {memory.count[0]} pointers; see summary\.json",
+    capsys.readouterr().out,
+  )
+
+
+@pytest.mark.parametrize(
+  ("together", "mean"), [(1, (0.1 + 0.1 + 0.4) / 3), (2, (0.1 + 0.4) / 2)]
+)
+def test_times_are_of_frames_that_waited_for_no_compilation(together, mean):
+  seconds = [9.0, 0.2, 0.2, 0.1, 5.0, 0.1, 0.4]
+  compiled = [1, 1, 1, 1, 2, 2, 2]
+  found = cli._statistics(seconds, compiled, together)
+  assert found["mean"] == pytest.approx(mean)
+  assert found["frames_left_out"] == (4 if together == 1 else 5)
+  assert cli._statistics(seconds[:3], compiled[:3], together) is None
+  assert cli._statistics([], [], together) is None
 
 
 @pytest.mark.parametrize(
@@ -258,6 +277,27 @@ def test_folders_of_others_are_never_overwritten(
   assert reconstruct(checkpoint, out, [photos], "--overwrite") == 2
   assert "no earlier reconstruction" in capsys.readouterr().err
   assert (out / "depth" / "000000.png").read_text() == "somebody's measurements"
+
+
+def test_flags_are_checked_before_weights_are_read(
+  checkpoint, photos, tmp_path, monkeypatch, capsys
+):
+  def read(*_, **__):
+    raise AssertionError("reads gigabytes first")
+
+  monkeypatch.setattr(cli, "load_checkpoint", read)
+  notes = tmp_path / "out" / "notes.txt"
+  notes.parent.mkdir()
+  notes.write_text("mine")
+  for output, source, flags, message in (
+    ("out", photos, (), "is not empty; choose another folder"),
+    ("out/notes.txt", photos, ("--overwrite",), "cannot write to"),
+    ("new", tmp_path / "missing.mp4", (), "missing.mp4"),
+    ("new", photos, ("--size", 100), "100"),
+  ):
+    assert reconstruct(checkpoint, tmp_path / output, [source], *flags) == 2
+    assert message in capsys.readouterr().err
+  assert notes.read_text() == "mine" and not (tmp_path / "new").exists()
 
 
 class FullDisk(SceneWriter):
