@@ -66,7 +66,11 @@ def _parser() -> argparse.ArgumentParser:
   )
   add("--output", required=True, help="such as point3r_jax/pretrained/tiny")
   add("--metrics", help="a metrics.json that evaluate.py wrote")
-  add("--ema", action="store_true", help="take the moving average")
+  add(
+    "--ema",
+    action="store_true",
+    help="take the moving average that training kept of the parameters",
+  )
   return parser
 
 

@@ -34,10 +34,13 @@ _DRY_RUN = flags.DEFINE_bool(
   "dry_run", False, "print what a step costs, without data, and end"
 )
 _DEVICES = flags.DEFINE_integer(
-  "devices", None, "for --dry_run: so many devices that need not exist"
+  "devices", None, "for --dry_run: number of devices, which need not exist"
 )
 _TOPOLOGY = flags.DEFINE_string(
-  "topology", None, "for --dry_run: a slice of TPUs, such as v5p:4x4x4"
+  "topology",
+  None,
+  "for --dry_run: GPUs, such as h200:2x8 (two hosts of eight), or a slice of "
+  "TPUs, such as v5p:4x4x4",
 )
 _COORDINATOR = flags.DEFINE_string(
   "coordinator",
@@ -46,10 +49,10 @@ _COORDINATOR = flags.DEFINE_string(
   "processes",
 )
 _PROCESSES = flags.DEFINE_integer(
-  "processes", None, "how many, with a HOST:PORT"
+  "processes", None, "number of processes, with a HOST:PORT"
 )
 _PROCESS = flags.DEFINE_integer(
-  "process", None, "which one this is, with a HOST:PORT"
+  "process", None, "index of this process, with a HOST:PORT"
 )
 
 
@@ -99,13 +102,14 @@ def _profile_steps() -> tuple[int, int] | None:
 
 def _plan() -> None:
   from point3r_jax.training import plan
+  from point3r_jax.training.devices import fake_devices, topology_devices
   from point3r_jax.training.experiment import open_experiment
 
   devices = None
   if _TOPOLOGY.value:
-    devices = plan.topology_devices(_TOPOLOGY.value)
+    devices = topology_devices(_TOPOLOGY.value)
   elif _DEVICES.value:
-    plan.fake_devices(_DEVICES.value)
+    fake_devices(_DEVICES.value)
   experiment = open_experiment(_CONFIG.value, devices)
   for image_size in dict.fromkeys(map(tuple, _CONFIG.value.image_sizes)):
     print(plan.format_plan(plan.plan(experiment, image_size)), flush=True)
@@ -134,7 +138,14 @@ def _train() -> int:
   return 0 if int(state.step) >= last else INTERRUPTED
 
 
-def _program() -> int:
+def _program(arguments: Sequence[str]) -> int:
+  if arguments:
+    raise InputError(f"unknown arguments: {' '.join(arguments)}; see --help")
+  if _CONFIG.value is None:
+    raise InputError(
+      "--config is missing: a file of configs/, such as "
+      "configs/synthetic_tiny.py"
+    )
   if _DRY_RUN.value:
     _plan()
     return 0
@@ -142,27 +153,48 @@ def _program() -> int:
 
 
 def _main(arguments: Sequence[str]) -> None:
-  if len(arguments) > 1:
-    raise app.UsageError(f"unknown arguments: {' '.join(arguments[1:])}")
   absl.logging.set_verbosity(absl.logging.WARNING)
   logging.basicConfig(format="%(asctime)s %(message)s", force=True)
   logging.getLogger("point3r_jax").setLevel(logging.INFO)
-  sys.exit(run(_program))
+  sys.exit(run(lambda: _program(arguments[1:])))
+
+
+def _first(error: BaseException) -> BaseException:
+  """Returns the error that others were raised for, with more words."""
+  while cause := error.__cause__ or error.__context__:
+    error = cause
+  return error
+
+
+def _no_such_field(error: Exception, arguments: Sequence[str]) -> str:
+  """Says which flag names a field that is not in the config."""
+  field = _first(error).args[0]
+  while isinstance(error.args[0], Exception):
+    error = error.args[0]
+  hint = str(error.args[0]).partition("\n")[2] or "see configs/base.py"
+  for argument in arguments:
+    flag = argument.partition("=")[0]
+    if flag.lstrip("-").startswith("config.") and field in flag.split("."):
+      return f"{flag}: there is no field {field!r}; {hint}"
+  return f"--config: {error.args[0]}"
 
 
 def _parse(arguments: Sequence[str]) -> list[str]:
-  """Parses flags; a config field that does not exist is one line of error."""
+  """Parses flags; what is wrong with them is one line of error."""
   try:
-    return app.parse_flags_with_usage(arguments)
-  except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-    while error.args and isinstance(error.args[0], Exception):
-      error = error.args[0]
-    reason = error.args[0] if isinstance(error, KeyError) else error
-    print(f"error: --config: {' '.join(str(reason).split())}", file=sys.stderr)
-    sys.exit(2)
+    return flags.FLAGS(arguments)
+  except flags.Error as error:
+    reason = str(error)
+    if "Traceback" in reason:  # What a config file raised.
+      reason = f"{reason.partition(': ')[0]}: {_first(error)}"
+  except (AttributeError, KeyError) as error:
+    reason = _no_such_field(error, arguments)
+  except (IndexError, TypeError, ValueError, OSError) as error:
+    reason = f"--config: {error}"
+  print(f"error: {' '.join(reason.split())}", file=sys.stderr)
+  sys.exit(2)
 
 
 def main() -> None:
   """Runs the program; ends the process with its exit code."""
-  flags.mark_flag_as_required("config")
   app.run(_main, flags_parser=_parse)

@@ -1,0 +1,54 @@
+"""train.py's flags: what is wrong with them is one line."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+SYNTHETIC = "--config=configs/synthetic_tiny.py"
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--workdir=runs"], "--config is missing: a file of configs/"),
+    ([SYNTHETIC], "--workdir is missing"),
+    (
+      [f"{SYNTHETIC}:short"],
+      "short: unknown stage 'short'; there are ['pairs'",
+    ),
+    (
+      ["--config=configs/stage1_224.py:short"],
+      "stage1_224.py:short: get_config() takes 0 positional arguments",
+    ),
+    (
+      [SYNTHETIC, "--config.loss.images=3"],
+      "--config.loss.images: there is no field 'images'; see configs/base.py",
+    ),
+    (
+      [SYNTHETIC, "--config.images.size", "3"],
+      "--config.images.size: there is no field 'images'; see configs/base.py",
+    ),
+    (
+      [SYNTHETIC, "--config.optimizer.lrr=3"],
+      "there is no field 'lrr'; Did you mean \"lr\"",
+    ),
+    ([SYNTHETIC, "--config.epochs=x"], "--config.epochs=x: invalid literal"),
+    ([SYNTHETIC, "--config.image_sizes[9]=3"], "--config: tuple index"),
+    (["--config=nowhere.py", "--config.epochs=3"], "'nowhere.py'"),
+    ([SYNTHETIC, "--nosuch"], "Unknown command line flag 'nosuch'"),
+    ([SYNTHETIC, "more"], "unknown arguments: more"),
+  ],
+)
+def test_wrong_flags_are_one_line(arguments, message):
+  process = subprocess.run(
+    [sys.executable, "train.py", *arguments],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert process.returncode == 2 and process.stdout == ""
+  assert message in process.stderr and process.stderr.startswith("error: ")
+  assert process.stderr.count("\n") == 1
