@@ -19,7 +19,7 @@ help:  ## Show this help.
 
 install: $(INSTALLED)  ## Make .venv and install the package with its tools.
 
-demo: $(INSTALLED)  ## Reconstruct and score a made-up walk: output/demo/demo.png.
+demo: $(INSTALLED)  ## Reconstruct and score a synthetic walk: output/demo/demo.png.
 	$(VENV)/bin/python -m point3r_jax.cli.demo --output output/demo $(ARGS)
 
 # On the CPU unless told otherwise: most of a test's time is compilation, the

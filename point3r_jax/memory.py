@@ -61,7 +61,7 @@ def default_capacity(config: ModelConfig, image_size: tuple[int, int]) -> int:
 
 
 def next_capacity(capacity: int, tokens: int) -> int:
-  """Returns an eighth more room, and room for a frame's tokens at least."""
+  """Returns room for an eighth more, or for a frame's tokens if more."""
   return round_capacity(capacity + max(capacity // 8, tokens))
 
 

@@ -101,10 +101,10 @@ class Stream:
   """Feeds one image after the other to a model, or to several side by side.
 
   The step is compiled once per capacity. Before a frame could overflow the
-  memory it grows by an eighth, without losing a pointer; the larger step has by
-  then been compiled in the background. Calls return as soon as the device has
-  the work: reading a prediction waits for it. Only where frames under way might
-  fill the memory does a call wait, for their counts.
+  memory it grows, see `memory.next_capacity`, without losing a pointer; the
+  larger step has by then been compiled in the background. Calls return as soon
+  as the device has the work: reading a prediction waits for it. Only where
+  frames under way might fill the memory does a call wait, for their counts.
 
     stream = Stream(config, params, image_size=(384, 512))
     for image in images:

@@ -60,7 +60,7 @@ def _open_source(name: str, options: Mapping[str, Any]) -> SequenceSource:
     raise InputError(f"unknown name; known are {', '.join(_FACTORIES)}")
   factory = _FACTORIES[name]
   if factory is None:
-    raise InputError("this version has no reader for it")
+    raise InputError("no reader in this version")
   root = options.get("root")
   if root is not None and not os.path.isdir(root):
     raise InputError(f"there is no folder {root}")
@@ -80,17 +80,21 @@ def open_sources(
     The mixture's parts: (dataset, samples in an epoch).
 
   Raises:
-    InputError: names every dataset that cannot be opened, with the reason.
+    InputError: names every dataset that cannot be opened, by the reason.
   """
-  parts, problems = [], []
+  parts, problems, first = [], {}, None
   for name, samples, options in specs:
     try:
       parts.append((_open_source(name, options), samples))
     except (InputError, OSError, TypeError) as error:
-      problems.append((name, error))
+      problems.setdefault(one_line(error), []).append(name)
+      first = first or error
   if problems:
-    listed = "; ".join(f"{name}: {one_line(error)}" for name, error in problems)
+    listed = "; ".join(
+      f"{', '.join(names)}: {reason}" for reason, names in problems.items()
+    )
     raise InputError(
-      f"{len(problems)} of {len(specs)} datasets cannot be opened: {listed}"
-    ) from problems[0][1]
+      f"{len(specs) - len(parts)} of {len(specs)} datasets cannot be opened: "
+      f"{listed}"
+    ) from first
   return parts

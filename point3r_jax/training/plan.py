@@ -236,7 +236,7 @@ def format_plan(plan: Plan) -> str:
   if plan.device == "cpu":
     lines.append(
       "Compiled for CPUs, which compute bfloat16 as float32 and write out all "
-      "attention\nweights: an accelerator needs less temporary memory; name one "
-      "with --topology."
+      "attention\nweights: an accelerator, named with --topology, needs less "
+      "temporary memory."
     )
   return "\n".join(lines)

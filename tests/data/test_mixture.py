@@ -216,6 +216,7 @@ def test_open_sources_lists_all_that_is_missing(monkeypatch, tmp_path):
     datasets.open_sources(
       [
         ("co3d", 10, {"root": tmp_path}),
+        ("waymo", 10, {"root": tmp_path}),
         fine,
         ("synthetic", 10, {"length": 3, "root": tmp_path / "gone"}),
         ("scanet", 10, {}),
@@ -223,8 +224,8 @@ def test_open_sources_lists_all_that_is_missing(monkeypatch, tmp_path):
       ]
     )
   message = str(caught.value)
-  assert "4 of 5 datasets" in message
-  assert "co3d: this version has no reader" in message
+  assert "5 of 6 datasets" in message
+  assert "co3d, waymo: no reader in this version; " in message
   assert f"synthetic: there is no folder {tmp_path / 'gone'}" in message
   assert "scanet: unknown name; known are synthetic" in message
   assert "unexpected keyword argument 'width'" in message
