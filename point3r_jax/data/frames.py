@@ -49,7 +49,8 @@ class Frame:
     source: The image file, relative to the folder that holds all the input
       images; or the name of the video.
     index: Number of the frame in the source, before striding.
-    timestamp: Seconds in the video; None for an image file.
+    timestamp: Seconds in the video, later than those of the frames before;
+      None for an image file.
   """
 
   image: np.ndarray
@@ -178,7 +179,7 @@ def open_frames(
     inputs: One or more names; see `paths.find_files`.
     size: Network size; see `images.prepare_image`.
     crop: Whether to crop rather than squeeze to the network size.
-    stride: Every how many frames one is taken.
+    stride: Take every `stride`-th frame.
     start: Index of the first frame.
     end: Index after the last frame; may lie beyond the source's end.
     max_frames: How many frames to take at most.

@@ -19,7 +19,7 @@ class RawFrame(NamedTuple):
     load: Makes the upright RGB image; may be called in another thread.
     source: Name of the image file or of the video.
     index: Number of the frame in the source.
-    timestamp: Seconds, or None.
+    timestamp: Seconds; None for an image file.
   """
 
   load: Callable[[], Image.Image]

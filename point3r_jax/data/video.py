@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
+import math
 import os
 import struct
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import NamedTuple
 
 import av
@@ -15,18 +18,27 @@ from PIL import Image
 from point3r_jax.data.errors import InputError, one_line
 from point3r_jax.data.reading import Lost, RawFrame, clip
 
+_log = logging.getLogger(__name__)
+
 # How much earlier than announced a healthy stream may end: its own duration is
 # exact to a frame or so, that of the container covers the sound as well.
 _STREAM_TOLERANCE_FRAMES = 2.0
 _CONTAINER_TOLERANCE_SECONDS = 0.5
 
+# Formats that say when a packet is decoded, not when its frame is shown: what
+# FFmpeg makes up for that is wrong wherever an encoder has reordered frames.
+_DECODING_TIMES = frozenset({"avi", "asf"})
+_USUAL_RATE = 25  # Where a file does not tell; it is FFmpeg's choice, too.
+
 
 class VideoFile:
   """The wanted frames of a video, upright and in square pixels.
 
-  Frames are decoded in order from the first one, so indices are exact, and
-  nothing but the decoder's own few frames is held in memory. What does not
-  decode is skipped and counted.
+  Frames are decoded in order from the first one, so indices are exact (unless
+  the container has lost packets without trace), and nothing but the decoder's
+  own few frames is held in memory. What does not decode is skipped and counted.
+  Timestamps always increase; where those of the file do not, they go on at the
+  frame rate.
 
   Attributes:
     expected_frames: About how many frames will come, or None.
@@ -58,8 +70,8 @@ class VideoFile:
   def first(self) -> RawFrame:
     """Decodes the first frame that can be decoded."""
     with _open(self.path) as (_, stream):
-      for index, frame in _decode(stream, Lost()):
-        return self._raw(index, frame, stream, _display(frame, stream))
+      for index, frame, time in _decode(stream, Lost()):
+        return self._raw(index, frame, time, _display(frame, stream))
     raise InputError(f"{self.path}: none of its frames can be decoded")
 
   def frames(self) -> Iterator[RawFrame]:
@@ -71,11 +83,12 @@ class VideoFile:
     self.lost = lost = Lost(expected=self._count)
     decoded, delivered, time, display = 0, 0, None, None
     with _open(self.path) as (container, stream):
-      for index, frame in _decode(stream, lost):
-        decoded, time = decoded + 1, _seconds(frame, stream)
+      clock = _Clock(self.path, stream.average_rate or stream.guessed_rate)
+      for index, frame, stored in _decode(stream, lost):
+        decoded, time = decoded + 1, clock.read(index, stored)
         display = display or _display(frame, stream)
         if index in self._wanted:
-          yield self._raw(index, frame, stream, display)
+          yield self._raw(index, frame, time, display)
           delivered += 1
         if index >= self._wanted[-1]:
           return
@@ -91,12 +104,11 @@ class VideoFile:
     self,
     index: int,
     frame: av.VideoFrame,
-    stream: av.VideoStream,
+    time: float | None,
     display: _Display,
   ) -> RawFrame:
     load = functools.partial(_to_image, frame, display)
-    name = os.path.basename(self.path)
-    return RawFrame(load, name, index, _seconds(frame, stream))
+    return RawFrame(load, os.path.basename(self.path), index, time)
 
   def _too_short(self, count: int) -> InputError:
     lost = f" ({self.lost})" if self.lost.frames else ""
@@ -138,10 +150,18 @@ def _open(
 
 def _decode(
   stream: av.VideoStream, lost: Lost
-) -> Iterator[tuple[int, av.VideoFrame]]:
-  """Yields (index, frame) of all intact frames; counts the others as lost."""
-  decoded = 0
-  for packet in _packets(stream, lost):
+) -> Iterator[tuple[int, av.VideoFrame, float | None]]:
+  """Decodes all intact frames and counts the others as lost.
+
+  Yields:
+    Index, frame, and the timestamp that the file has for it in seconds, if any.
+  """
+  decoded, decoding_times = 0, {}
+  formats = stream.container.format.name.split(",")
+  has_decoding_times = not _DECODING_TIMES.isdisjoint(formats)
+  for number, packet in enumerate(_packets(stream, lost)):
+    if has_decoding_times and packet is not None:
+      decoding_times[number] = packet.dts
     try:
       # With frame threads a packet cut short costs its neighbours too.
       if packet is not None and packet.is_corrupt:
@@ -156,7 +176,11 @@ def _decode(
         lost.frames += 1
         lost.error = "damaged frame"
       else:
-        yield decoded + lost.frames, frame
+        index, ticks = decoded + lost.frames, frame.pts
+        if has_decoding_times:  # The n-th frame shown has the n-th of them.
+          ticks = decoding_times.pop(index, None)
+        time = None if ticks is None else float(ticks * stream.time_base)
+        yield index, frame, time
         decoded += 1
 
 
@@ -169,9 +193,36 @@ def _packets(stream: av.VideoStream, lost: Lost) -> Iterator[av.Packet | None]:
   yield None
 
 
-def _seconds(frame: av.VideoFrame, stream: av.VideoStream) -> float | None:
-  """The timestamp of a frame; `frame.time` is unknown when flushed."""
-  return None if frame.pts is None else float(frame.pts * stream.time_base)
+class _Clock:
+  """Timestamps that increase, whatever the file says.
+
+  Where one is missing or does not increase, time goes on from the last good one
+  at the frame rate. So of shuffled ones those later than all before are kept,
+  and what follows a jump back is not squeezed together.
+  """
+
+  def __init__(self, path: str, rate: Fraction | None):
+    """Starts before the first frame; the path is for the warning."""
+    self._path = path
+    self._rate = float(rate or _USUAL_RATE)
+    self._good = 0, 0.0  # Index and time.
+    self._last = -math.inf
+    self._warned = False
+
+  def read(self, index: int, stored: float | None) -> float:
+    """The time of the next frame, for which the file has `stored`: seconds."""
+    if stored is not None and stored > self._last:
+      self._good = index, stored
+    elif not self._warned:
+      self._warned = True
+      _log.warning(
+        "%s: the timestamp of frame %d is missing or does not increase; such "
+        "ones are made up, from %g frames a second",
+        *(self._path, index, self._rate),
+      )
+    good_index, good_time = self._good
+    self._last = good_time + (index - good_index) / self._rate
+    return self._last
 
 
 class _Display(NamedTuple):

@@ -245,7 +245,7 @@ class SceneWriter:
   def commit(self, prepared: PreparedFrame) -> None:
     """Adds the next frame to the files that hold all of them."""
     frame, result = prepared.frame, prepared.result
-    # A file without timestamps still has an order.
+    # Images have no times but an order; frames of a video all have a time.
     timestamp = frame.index if frame.timestamp is None else frame.timestamp
     self._depth_counts = depth_files.DepthPngCounts(
       *map(sum, zip(self._depth_counts, prepared.depth_counts, strict=True))

@@ -16,13 +16,19 @@ def save_image(path, size=(64, 48), grey=0):
 
 
 def save_video(
-  path, count=30, codec="mpeg4", size=(64, 48), times=None, options=None
+  path,
+  count=30,
+  codec="mpeg4",
+  size=(64, 48),
+  times=None,
+  options=None,
+  codec_options=None,
 ):
   """Frame i is grey with value 8 i, under noise; times are milliseconds."""
   rng = np.random.default_rng(0)
   time_base = Fraction(1, 1000 if times else 30)
   with av.open(str(path), "w", options=options or {}) as container:
-    stream = container.add_stream(codec, rate=30)
+    stream = container.add_stream(codec, rate=30, options=codec_options or {})
     stream.width, stream.height = size
     stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
     stream.codec_context.time_base = time_base

@@ -10,6 +10,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+from av.video.frame import PictureType
 from PIL import Image
 
 from point3r_jax.data import video
@@ -22,6 +23,16 @@ from tests.data.media import (
   indices,
   save_video,
 )
+
+# Options of encoders that make them reorder frames.
+B_FRAMES = {
+  "libx264": {"x264-params": "bframes=3:b-adapt=0:scenecut=0"},
+  "mpeg4": {"bf": "2"},
+}
+
+
+def times(source):
+  return np.array([frame.timestamp for frame in source])
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +104,29 @@ class TestVideo:
     )
     assert source.lost.frames == 0
 
+  @pytest.mark.parametrize("name", ["a.avi", "a.wmv", "a.mkv", "a.ts"])
+  @pytest.mark.parametrize("codec", B_FRAMES)
+  def test_reordered_frames(self, tmp_path, caplog, name, codec):
+    path = tmp_path / name
+    save_video(path, 20, codec, codec_options=B_FRAMES[codec])
+    with av.open(str(path)) as container:
+      kinds = {frame.pict_type for frame in container.decode(video=0)}
+    assert PictureType.B in kinds
+    source = open_frames(path, size=64)
+    found = times(source)
+    start = found[0] if name == "a.ts" else 0
+    np.testing.assert_allclose(found - start, np.arange(20) / 30, atol=0.001)
+    np.testing.assert_allclose(greys(source), np.arange(20), atol=1)
+    assert not caplog.records
+
+  def test_avi_with_gaps(self, tmp_path):
+    shown = [0, 1, 2, 5, 6, 10, 11, 12]
+    stored = [1000 * i // 30 for i in shown]
+    path = save_video(tmp_path / "a.avi", 8, "mpeg4", times=stored)
+    np.testing.assert_allclose(
+      times(open_frames(path, size=64)), np.array(stored) / 1000, atol=0.001
+    )
+
   def test_colon_in_the_name(self, tmp_path):
     path = save_video(tmp_path / "rec 12:30.mp4", 2)
     assert len(list(open_frames(path, size=64))) == 2
@@ -118,6 +152,52 @@ class TestVideo:
     finally:
       gc.enable()
     assert held < 20
+
+
+class TestTimestamps:
+  """What becomes of timestamps that do not increase."""
+
+  @pytest.mark.parametrize(
+    "stored, bad, want",
+    [
+      ([1, 3, 4, 2, 6, 7, 5, 9], 3, [1, 3, 4, 5, 6, 7, 8, 9]),
+      ([0, 1, 2, 2, 4, 5, 6, 7], 3, [0, 1, 2, 3, 4, 5, 6, 7]),
+      ([20, 21, 22, 0, 1, 2, 3, 4], 3, [20, 21, 22, 23, 24, 25, 26, 27]),
+      ([0, 9, 12, 3, 14, 15, 18, 27], 3, [0, 9, 12, 13, 14, 15, 18, 27]),
+      ([None] * 8, 0, [0, 1, 2, 3, 4, 5, 6, 7]),
+      ([3, 4, None, None, 7, 8, 9, 10], 2, [3, 4, 5, 6, 7, 8, 9, 10]),
+    ],
+    ids=["shuffled", "twice", "jump_back", "uneven", "missing", "some_missing"],
+  )
+  def test_time_goes_on(self, caplog, stored, bad, want):
+    clock = video._Clock("a.mkv", Fraction(30))
+    found = [
+      clock.read(index, None if time is None else time / 30)
+      for index, time in enumerate(stored)
+    ]
+    np.testing.assert_allclose(found, np.array(want) / 30, atol=1e-9)
+    (record,) = caplog.records
+    assert f"a.mkv: the timestamp of frame {bad} is" in record.getMessage()
+
+  def test_lost_frames_take_their_time(self):
+    clock = video._Clock("a.mkv", Fraction(10))
+    assert [clock.read(i, None) for i in (2, 3, 7)] == [0.2, 0.3, 0.7]
+
+  def test_joined_files(self, tmp_path, caplog):
+    path = save_video(tmp_path / "a.ts", 20, "libx264")
+    path.write_bytes(2 * path.read_bytes())
+    found = times(open_frames(path, size=64))  # The seam may cost a frame.
+    assert found[-1] - found[0] == pytest.approx(39 / 30, abs=1e-4)
+    assert (np.diff(found) > 0.03).all() and (np.diff(found) < 0.07).all()
+    assert len(caplog.records) == 1
+
+  def test_a_stream_without_a_container(self, tmp_path, caplog):
+    path = save_video(tmp_path / "a.264", 20, "libx264")
+    path = path.rename(tmp_path / "a.mpg")
+    found = times(open_frames(path, size=64))
+    np.testing.assert_allclose(found, np.arange(20) / 25)
+    assert "25 frames a second" in caplog.text
+    assert len(caplog.records) == 1
 
 
 # Display matrices (a, b, c, d) and what they do to an array.
