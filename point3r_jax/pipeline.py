@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 import jax
 import numpy as np
 
-from point3r_jax.data.frames import Frame, prefetch
+from point3r_jax.data.frames import Frame
+from point3r_jax.data.prefetch import prefetch
 from point3r_jax.export.scene import FrameResult
 from point3r_jax.export.scene_process import SceneProcess
 from point3r_jax.geometry import (

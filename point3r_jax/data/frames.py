@@ -1,7 +1,8 @@
 """A stream of network-sized frames from a video, a folder, a glob or images.
 
 Frames are read as they are asked for and only a few are held, so a long video
-costs no more memory than a short one. `prefetch` moves the reading to a thread:
+costs no more memory than a short one. `prefetch.prefetch` moves the reading to
+a thread:
 
   frames = open_frames("walk.mp4", stride=2)
   for frame in prefetch(frames):
@@ -11,18 +12,14 @@ costs no more memory than a short one. `prefetch` moves the reading to a thread:
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import os
-import queue
 import random
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -30,13 +27,9 @@ from PIL import Image
 from point3r_jax.data import images
 from point3r_jax.data import paths as paths_lib
 from point3r_jax.data.errors import InputError
+from point3r_jax.data.prefetch import ordered_map
 from point3r_jax.data.reading import Lost, RawFrame, clip, select
 from point3r_jax.data.video import VideoFile
-
-S = TypeVar("S")
-T = TypeVar("T")
-
-_MAX_WORKERS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +133,7 @@ class FrameSource:
     """Reads and prepares the frames, a few at a time, in their order."""
     self.mixed_sizes = 0
     with contextlib.closing(self._reader.frames()) as frames:
-      for frame, mixed in _ordered_map(self._prepare, frames):
+      for frame, mixed in ordered_map(self._prepare, frames):
         self.mixed_sizes += mixed
         yield frame
 
@@ -204,77 +197,3 @@ def open_frames(
       " first"
     )
   return FrameSource(VideoFile(files[0], wanted), size, crop)
-
-
-def _ordered_map(function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
-  """Maps in a few threads, no further ahead than there are threads.
-
-  Scaling takes longer than decoding, and lets other threads run meanwhile.
-  """
-  workers = min(_MAX_WORKERS, os.cpu_count() or 1)
-  pool = concurrent.futures.ThreadPoolExecutor(workers, "frames")
-  pending = collections.deque()
-  ended = None
-  iterator = iter(items)
-  try:
-    while not ended or pending:
-      while not ended and len(pending) < workers:
-        try:
-          pending.append(pool.submit(function, next(iterator)))
-        except (StopIteration, InputError) as error:
-          ended = error  # In its turn: after the items before it.
-      if pending:
-        yield pending.popleft().result()
-    if isinstance(ended, InputError):
-      raise ended
-  finally:
-    pool.shutdown(cancel_futures=True)
-
-
-def prefetch(iterable: Iterable[T], depth: int = 4) -> Iterator[T]:
-  """Runs an iterable in a thread that keeps up to `depth` items ready.
-
-  What the iterable raises is raised here, in its turn. Closing the iterator,
-  or leaving a loop that holds the only reference to it, ends the thread after
-  the item at hand.
-  """
-  if depth < 1:
-    raise ValueError(f"depth is {depth}: it must be 1 or more")
-  return _prefetch(iterable, depth)
-
-
-def _prefetch(iterable: Iterable[T], depth: int) -> Iterator[T]:
-  items: queue.SimpleQueue = queue.SimpleQueue()
-  free = threading.Semaphore(depth)
-  stop = threading.Event()
-
-  def work():
-    iterator = iter(())
-    try:
-      iterator = iter(iterable)
-      while True:
-        free.acquire()
-        if stop.is_set():
-          break
-        items.put((next(iterator), None))
-    except BaseException as error:  # StopIteration too: it ends the items.
-      items.put((None, error))
-    finally:
-      # A generator is closed in the thread that ran it.
-      getattr(iterator, "close", lambda: None)()
-
-  thread = threading.Thread(target=work, name="prefetch", daemon=True)
-  thread.start()
-  try:
-    while True:
-      item, error = items.get()
-      if isinstance(error, StopIteration):
-        return
-      if error is not None:
-        raise error
-      free.release()
-      yield item
-  finally:
-    stop.set()
-    free.release()
-    thread.join()

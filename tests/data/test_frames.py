@@ -1,14 +1,10 @@
-"""Tests of images as frames, of bad input and of prefetching."""
-
-import itertools
-import threading
-import time
+"""Tests of images as frames and of bad input."""
 
 import numpy as np
 import pytest
 
 from point3r_jax.data.errors import InputError
-from point3r_jax.data.frames import FrameSource, open_frames, prefetch
+from point3r_jax.data.frames import open_frames
 from point3r_jax.data.paths import find_files
 from tests.data.media import cut, greys, indices, save_image, save_video
 
@@ -150,87 +146,3 @@ class TestErrors:
     says([clip, clip], "a single video")
     (tmp_path / "inner").mkdir()
     says(tmp_path, r"subfolders write '.*/\*\*/\*\.jpg'")
-
-
-def prefetch_threads():
-  return [t for t in threading.enumerate() if t.name == "prefetch"]
-
-
-class TestPrefetch:
-  @pytest.fixture(autouse=True)
-  def no_thread_is_left(self):
-    yield
-    assert not prefetch_threads()
-
-  def test_order(self):
-    assert list(prefetch(range(100), 3)) == list(range(100))
-    assert list(prefetch([])) == []
-
-  def test_frames(self, clip):
-    source: FrameSource = open_frames(clip, size=64)
-    assert indices(prefetch(source)) == list(range(30))
-
-  def test_runs_ahead_but_not_further_than_depth(self):
-    made = []
-
-    def items():
-      for i in range(100):
-        made.append(i)
-        yield i
-
-    ready = prefetch(items(), depth=3)
-    assert not made
-    assert next(ready) == 0
-    deadline = time.monotonic() + 5
-    while len(made) < 4 and time.monotonic() < deadline:
-      time.sleep(0.01)
-    time.sleep(0.05)
-    assert len(made) == 4
-    ready.close()
-
-  def test_exception_comes_in_its_turn(self):
-    def items():
-      yield 1
-      yield 2
-      raise InputError("broken")
-
-    ready = prefetch(items())
-    assert next(ready) == 1
-    time.sleep(0.05)
-    assert next(ready) == 2
-    with pytest.raises(InputError, match="broken"):
-      next(ready)
-
-  def test_not_iterable(self):
-    with pytest.raises(TypeError):
-      list(prefetch(None))
-
-  @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-  def test_consumer_leaves(self, error):
-    closed = []
-
-    def items():
-      try:
-        yield from itertools.count()
-      finally:
-        closed.append(threading.current_thread().name)
-
-    with pytest.raises(error):
-      for i in prefetch(items(), depth=2):
-        if i == 5:
-          raise error
-    for i in prefetch(items(), depth=2):
-      if i == 5:
-        break
-    deadline = time.monotonic() + 5
-    while prefetch_threads() and time.monotonic() < deadline:
-      time.sleep(0.01)
-    assert closed == ["prefetch"] * 2
-
-  def test_never_started(self):
-    prefetch(range(3))
-    assert not prefetch_threads()
-
-  def test_depth(self):
-    with pytest.raises(ValueError, match="depth"):
-      prefetch([], depth=0)
