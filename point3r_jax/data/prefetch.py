@@ -21,8 +21,7 @@ _MAX_WORKERS = 8
 def ordered_map(function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
   """Maps in a few threads, no further ahead than there are threads.
 
-  Made for images: scaling takes longer than decoding, and lets other threads run
-  meanwhile.
+  Scaling images takes longer than decoding, and lets other threads run.
   """
   workers = min(_MAX_WORKERS, os.cpu_count() or 1)
   pool = concurrent.futures.ThreadPoolExecutor(workers, "frames")

@@ -209,7 +209,10 @@ def test_trivial_predictors_stand_below_synthetic_results(tmp_path):
     "constant_pose/other": 1.0,
     "elsewhere/other": 1.0,
   }
-  _, facts, table, _ = write(tmp_path, evaluation("synthetic", "x", metrics))
+  content = evaluation("synthetic", "synthetic", metrics)
+  _, facts, table, page = write(tmp_path, content)
+  assert table.startswith("# Synthetic scenes\n")
+  assert page.count(">Synthetic scenes</") == 2  # Title and heading.
   heads, *rows = table_rows(table)
   ate = heads.index("ATE / path ↓")
   assert [(r[0], r[1], r[ate]) for r in rows] == [

@@ -25,7 +25,6 @@ _TITLES = {
   "monodepth": "Single-frame depth",
   "video_depth": "Video depth",
   "relpose": "Camera pose",
-  "synthetic": "Synthetic scenes",
 }
 
 
@@ -290,7 +289,9 @@ def _facts(run: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _body(evaluation: Evaluation, figures: Figures) -> Iterator[str]:
-  title = f"{_TITLES[evaluation.task]}: {evaluation.dataset}"
+  title = tables.report_title(evaluation)
+  if evaluation.task in _TITLES:
+    title = f"{_TITLES[evaluation.task]}: {evaluation.dataset}"
   yield f"<h1>{_text(title)}</h1>"
   checkpoint = evaluation.run.get("checkpoint", "not recorded")
   yield f"<p>{_text(evaluation.task)}; checkpoint: {_text(checkpoint)}</p>"
@@ -328,7 +329,7 @@ def page(evaluation: Evaluation, figures: Figures | None = None) -> str:
   Raises:
     InputError: matplotlib is missing.
   """
-  title = f"{evaluation.task} on {evaluation.dataset}"
+  title = tables.report_title(evaluation)
   with plots.style():
     body = "\n".join(_body(evaluation, figures or Figures()))
   return f"""\

@@ -126,8 +126,15 @@ _REMARKS = {
   "(metres, but for Sintel).",
   "synthetic": "Made-up scenes; nothing is published. ATE is divided by the "
   "length of the path, Acc and Comp by the size of the scene. The trivial "
-  "predictors show what no skill at all would score.",
+  "baselines show the score without any skill.",
 }
+
+
+def report_title(evaluation: Evaluation) -> str:
+  """Returns what the report is called."""
+  if evaluation.task == "synthetic":  # The name of its only dataset, too.
+    return "Synthetic scenes"
+  return f"{evaluation.task} on {evaluation.dataset}"
 
 
 def headline(evaluation: Evaluation) -> str | None:
@@ -318,7 +325,7 @@ def markdown(evaluation: Evaluation) -> str:
   heads = [table.group_title, "", *(c.title for c in table.columns)]
   rules = [":--", ":--", *("--:" for _ in table.columns)]
   lines = [
-    f"# {_plain(f'{evaluation.task} on {evaluation.dataset}')}",
+    f"# {_plain(report_title(evaluation))}",
     "",
     _line([_plain(head) for head in heads][skip:]),
     _line(rules[skip:]),
