@@ -13,9 +13,9 @@ depth, cameras and surfaces. OUTPUT then holds
 
 Scored are the files in scene/, by the task that `evaluate.py --dataset
 synthetic` scores with: relative errors of depth (after one scale for the
-sequence, and as it is, in metres), errors of the path and of its steps (after a
-similarity), and distances between predicted and true points. Two things differ,
-in the points alone: they are those of the written depth and cameras (see
+sequence, and as it is, in metres), ATE and RPE (after a similarity), and
+distances between predicted and true points. Two things differ, in the points
+alone: they are those of the written depth and cameras (see
 `evaluation.written`), and every fourth row and column of them, not every
 second, for the time that neighbours take.
 """
@@ -43,8 +43,8 @@ from point3r_jax.export.read_scene import WrittenScene, read_scene
 from point3r_jax.export.scene import SUMMARY
 
 if TYPE_CHECKING:
+  from point3r_jax.evaluation import sequences
   from point3r_jax.evaluation.results import SequenceResult
-  from point3r_jax.evaluation.sequences import Sequence as Walk
 
 _SIZE = (96, 128)
 # A room with several things in it; chosen before any model had seen it.
@@ -86,21 +86,22 @@ _SCORES = (
   _Score("abs_rel", _FLAT, "depth error"),
   _Score("delta_1_25", _FLAT, "depth within 25 %"),
   _Score("abs_rel_metric", None, "depth error, unscaled"),
-  _Score("accuracy_over_scene", _FLAT, "accuracy, of scene size", digits=2),
-  _Score("ate_over_path", _STILL, "path error, of length"),
-  _Score("rpe_trans", _STILL, "error of a step", " cm"),
-  _Score("rpe_rot_deg", _STILL, "error of a turn", "°", 1, 2),
-  _Score("completeness_over_scene", _FLAT, "completeness, of size", digits=2),
+  _Score("accuracy_over_scene", _FLAT, "accuracy / scene size", digits=2),
+  _Score("ate_over_path", _STILL, "ATE / path length"),
+  _Score("rpe_trans", _STILL, "RPE translation", " cm"),
+  _Score("rpe_rot_deg", _STILL, "RPE rotation", "°", 1, 2),
+  _Score(
+    "completeness_over_scene", _FLAT, "completeness / scene size", digits=2
+  ),
 )
 _EXPLANATION = """\
 Depth errors are means of |predicted - true| / true, after one scale for the
-walk unless unscaled. The path error is ATE in percent of the path's length,
-steps and turns are RPE from frame to frame, both after a similarity. Accuracy
-and completeness are mean distances to the nearest point, in percent of the
-scene's size. Trivial guesses: the same depth everywhere; a camera at rest."""
+walk unless unscaled. ATE is the error of the path, RPE that from frame to
+frame, both after a similarity. Accuracy and completeness are mean distances to
+the nearest point. Trivial guesses: one depth everywhere; a camera at rest."""
 
 
-def open_walk(seed: int, frames: int) -> Walk:
+def open_walk(seed: int, frames: int) -> sequences.Sequence:
   """Returns a walk through a static room; it is rendered when first read.
 
   Args:
@@ -125,7 +126,7 @@ def open_walk(seed: int, frames: int) -> Walk:
   return open_benchmark("synthetic", "synthetic", None, options).sequences[0]
 
 
-def write_frames(folder: pathlib.Path, walk: Walk) -> None:
+def write_frames(folder: pathlib.Path, walk: sequences.Sequence) -> None:
   """Writes a walk's images, losslessly; replaces those of an earlier one."""
   folder.mkdir(parents=True, exist_ok=True)
   for file in folder.iterdir():
@@ -137,7 +138,7 @@ def write_frames(folder: pathlib.Path, walk: Walk) -> None:
 
 
 def score_scene(
-  scene_folder: pathlib.Path, scene: WrittenScene, walk: Walk
+  scene_folder: pathlib.Path, scene: WrittenScene, walk: sequences.Sequence
 ) -> SequenceResult:
   """Compares what was written with the truth; see the module.
 
@@ -178,15 +179,15 @@ def _aligned_path(scene: WrittenScene, true: np.ndarray) -> np.ndarray:
 
 def draw(
   scene: WrittenScene,
-  walk: Walk,
+  walk: sequences.Sequence,
   result: SequenceResult,
   subtitle: str,
 ) -> Image.Image:
   """Draws the scene, frames of the walk, and the scores.
 
   The first true camera says what is up, and nothing else, in the picture of the
-  scene. The true path is drawn where the alignment of the path error has it,
-  and depth with the scale of its error. What was not scored has neither.
+  scene. The true path is drawn where the alignment for ATE has it, and depth
+  with the scale of its error. What was not scored has neither.
   """
   from point3r_jax.evaluation import depth
   from point3r_jax.evaluation.made_up import SyntheticTaskOptions

@@ -5,7 +5,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 import point3r_jax as p3r
 from point3r_jax.cli import demo, demo_sheet
@@ -104,6 +104,13 @@ def test_every_score_is_one_of_the_task_s(walk, folders):
   for score in demo._SCORES:
     assert score.metric in metrics
     assert score.guess is None or f"{score.guess}/{score.metric}" in metrics
+
+
+def test_names_of_scores_have_room():
+  font = ImageFont.load_default(13)
+  for score in demo._SCORES:
+    assert len(score.name) < 26
+    assert font.getlength(score.name) < demo_sheet.OVERVIEW_SIZE[1] / 4 - 8
 
 
 def test_a_frame_without_a_focal_length_takes_the_others(walk, folders):
