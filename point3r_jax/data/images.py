@@ -19,7 +19,7 @@ from PIL import Image
 from point3r_jax.data.errors import InputError, one_line
 
 # Sides of images are multiples of the patch of all published weights. It is not
-# read off a `ModelConfig`, as data know of no model; a model checks what it gets.
+# taken from a `ModelConfig`: data know no models, and a model checks its own.
 PATCH = 16
 
 HEIF_EXTENSIONS = (".heic", ".heif")
