@@ -28,7 +28,7 @@ _KERNELS = 40
 _PREPARATION = "Thunks::Initialize"
 
 
-def _part(scope: str) -> str:
+def part(scope: str) -> str:
   """Names the part of the model and the direction of a scope."""
   direction = "backward" if "transpose(" in scope else "forward"
   if "rematted_computation" in scope:
@@ -94,8 +94,8 @@ def profile(compiled: Any, state: Any, batch: Any) -> str:
   for event in events:
     scope = scopes.get(event.operation, "")
     ms = event.ms / _STEPS
-    parts[_part(scope)] += ms
-    launches[_part(scope)] += 1 / _STEPS
+    parts[part(scope)] += ms
+    launches[part(scope)] += 1 / _STEPS
     kernel = re.sub(r"<.*|[\d.]+", "", event.name)[:50]
     kernels[f"{kernel} {'/'.join(scope.split('/')[-3:])[-70:]}"] += ms
   busy = sum(parts.values())

@@ -75,11 +75,34 @@ def compiler_option(word: str) -> tuple[str, bool | str]:
   return name, {"true": True, "false": False}.get(value.lower(), value)
 
 
-def make_config(case: str, flags: argparse.Namespace) -> ConfigDict:
+def add_step_flags(parser: argparse.ArgumentParser) -> None:
+  """Adds the flags that say which steps, for `make_config` and the compiler."""
+  add = parser.add_argument
+  add("--case", nargs="+", choices=CASES, default=["tiny"])
+  add("--precision", help="default: the stage's")
+  add("--remat", help="default: the stage's")
+  add("--sizes", type=int, help="default: the stage's")
+  add("--cuda_graphs", help="default: the stage's")
+  add("--unrolled", action="store_true", help="layers not scanned")
+  add(
+    "--xla",
+    nargs="+",
+    type=compiler_option,
+    default=[],
+    metavar="NAME=VALUE",
+    help="options of the compiler",
+  )
+  add("--batch", type=int, help="sequences a device")
+  add("--fsdp", type=int, default=1)
+
+
+def make_config(
+  case: str, flags: argparse.Namespace, devices: int
+) -> ConfigDict:
   """Returns a stage's config with the flags' changes."""
   module, sequences, image_size = CASES[case]
   config = module.get_config()
-  config.batch_size = (flags.batch or sequences) * jax.device_count()
+  config.batch_size = (flags.batch or sequences) * devices
   config.image_sizes = (image_size,)
   config.mesh.fsdp = flags.fsdp
   if flags.cuda_graphs is not None:
@@ -98,7 +121,7 @@ def measure(experiment: Experiment, flags: argparse.Namespace) -> dict:
   (image_size,) = config.image_sizes
   started = time.perf_counter()
   compiled = lower_step(experiment, (config.views, *image_size)).compile(
-    {**(compiler_options(config.cuda_graphs) or {}), **flags.xla}
+    {**(compiler_options(config.cuda_graphs) or {}), **dict(flags.xla)}
   )
   compile_seconds = time.perf_counter() - started
 
@@ -136,7 +159,7 @@ def measure(experiment: Experiment, flags: argparse.Namespace) -> dict:
     "image_size": image_size,
     **{x: config.rollout[x] for x in ("precision", "remat", "sizes")},
     "cuda_graphs": config.cuda_graphs,
-    "xla": flags.xla,
+    "xla": dict(flags.xla),
     "scan_layers": config.model.scan_layers,
     "ms_per_step": round(1e3 * seconds, 1),
     "ms_min_max": [round(1e3 * t, 1) for t in (min(times), max(times))],
@@ -157,32 +180,15 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--case", nargs="+", choices=CASES, default=["tiny"])
-  parser.add_argument("--precision", help="default: the stage's")
-  parser.add_argument("--remat", help="default: the stage's")
-  parser.add_argument("--sizes", type=int, help="default: the stage's")
-  parser.add_argument("--cuda_graphs", help="default: the stage's")
-  parser.add_argument(
-    "--unrolled", action="store_true", help="layers not scanned"
-  )
-  parser.add_argument(
-    "--xla",
-    nargs="+",
-    type=compiler_option,
-    default=[],
-    metavar="NAME=VALUE",
-    help="options of the compiler",
-  )
-  parser.add_argument("--batch", type=int, help="sequences a device")
-  parser.add_argument("--fsdp", type=int, default=1)
+  add_step_flags(parser)
   parser.add_argument("--steps", type=int, default=20)
   parser.add_argument(
     "--profile", action="store_true", help="also say where the time goes (GPU)"
   )
   flags = parser.parse_args()
-  flags.xla = dict(flags.xla)
   for case in flags.case:
-    result = measure(open_experiment(make_config(case, flags)), flags)
+    config = make_config(case, flags, jax.device_count())
+    result = measure(open_experiment(config), flags)
     print(json.dumps({"case": case, **result}), flush=True)
 
 

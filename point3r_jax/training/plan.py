@@ -110,7 +110,7 @@ def step_flops(config: StepConfig, params: Any, batch: Any) -> int:
   return count_flops(gradient, trained, frozen, batch)
 
 
-def _for_devices(experiment: Experiment) -> Experiment:
+def for_devices(experiment: Experiment) -> Experiment:
   """Names the kernel that "auto" is there, for this machine may have others."""
   platform = experiment.mesh.devices.flat[0].platform
   if platform == "cpu" or experiment.config.rollout.attention != "auto":
@@ -143,7 +143,7 @@ def plan(experiment: Experiment, image_size: tuple[int, int]) -> Plan:
     experiment: on real, fake or a topology's devices.
     image_size: (H, W), multiples of the patch size.
   """
-  experiment = _for_devices(experiment)
+  experiment = for_devices(experiment)
   config, mesh = experiment.step, experiment.mesh
   views = experiment.config.views
   views = views if isinstance(views, int) else max(views)
