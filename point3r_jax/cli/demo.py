@@ -26,7 +26,6 @@ import argparse
 import json
 import pathlib
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -35,7 +34,7 @@ from PIL import Image
 
 from point3r_jax.checkpoints import UNTRAINED
 from point3r_jax.cli import demo_sheet, reconstruct
-from point3r_jax.cli.common import run
+from point3r_jax.cli.common import end, run
 from point3r_jax.data.errors import InputError
 from point3r_jax.export.files import atomic_file
 from point3r_jax.export.overview import Cameras, Path, draw_overview
@@ -338,4 +337,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  end(main())
