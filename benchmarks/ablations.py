@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
 
-from point3r_jax.export.files import atomic_file
+from point3r_jax.files import atomic_file
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -65,7 +65,7 @@ from benchmarks.streaming_inputs import (
 from benchmarks.streaming_plot import draw, summarize
 from point3r_jax.checkpoints import UNTRAINED, load_checkpoint
 from point3r_jax.config import ModelConfig
-from point3r_jax.data.errors import InputError
+from point3r_jax.errors import InputError
 from point3r_jax.models.attention import IMPLEMENTATIONS
 from point3r_jax.models.point3r import HEADS
 from point3r_jax.precision import POLICIES, get_precision

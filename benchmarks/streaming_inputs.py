@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from point3r_jax.config import ModelConfig
-from point3r_jax.data.errors import InputError
 from point3r_jax.data.synthetic.source import SyntheticSource
+from point3r_jax.errors import InputError
 from point3r_jax.memory import (
   PointerMemory,
   default_capacity,

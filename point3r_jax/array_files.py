@@ -14,8 +14,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from point3r_jax.errors import UserError
 
-class CheckpointError(ValueError):
+
+class CheckpointError(UserError):
   """A checkpoint that is missing, incomplete or of another model."""
 
 

@@ -35,7 +35,7 @@ from point3r_jax.array_files import (
   read_arrays,
 )
 from point3r_jax.config import PRESETS, ModelConfig, preset
-from point3r_jax.export.files import atomic_file
+from point3r_jax.files import atomic_file
 from point3r_jax.params import (
   cast_params,
   check_params,

@@ -9,7 +9,7 @@ import pathlib
 import socket
 from collections.abc import Iterator
 
-from point3r_jax.data.errors import InputError
+from point3r_jax.errors import InputError
 
 _NAME = ".lock"
 

@@ -8,7 +8,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import synthetic_tiny
-from point3r_jax.data.errors import InputError
+from point3r_jax.errors import InputError
 from point3r_jax.training.experiment import (
   ConfigError,
   make_mixture,

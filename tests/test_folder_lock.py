@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from point3r_jax.data.errors import InputError
+from point3r_jax.errors import InputError
 from point3r_jax.folder_lock import lock_folder
 
 HOLD = """

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import streaming, streaming_inputs, streaming_plot
 from point3r_jax.config import preset
-from point3r_jax.data.errors import InputError
+from point3r_jax.errors import InputError
 from point3r_jax.memory import fuse
 from tests import micro
 

@@ -14,20 +14,11 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from point3r_jax.checkpoints import CheckpointError
-from point3r_jax.convert.tensor_file import CheckpointFileError
-from point3r_jax.data.errors import InputError
-from point3r_jax.export.scene import OutputError
+from point3r_jax.errors import UserError
 from point3r_jax.precision import POLICIES
 
 # Errors of the user's input or disk: one line and no traceback.
-_USER_ERRORS = (
-  CheckpointError,
-  CheckpointFileError,
-  InputError,
-  OutputError,
-  OSError,
-)
+_USER_ERRORS = (UserError, OSError)
 
 # Exit code of a program that Ctrl-C ended.
 INTERRUPTED = 130

@@ -23,7 +23,7 @@ from point3r_jax.convert.torch_weights import (
   import_weights,
 )
 from point3r_jax.data.images import check_size
-from point3r_jax.export.files import atomic_file
+from point3r_jax.files import atomic_file
 
 _DTYPES = {
   "float32": jnp.float32,

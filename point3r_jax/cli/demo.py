@@ -35,11 +35,11 @@ from PIL import Image
 from point3r_jax.checkpoints import UNTRAINED
 from point3r_jax.cli import demo_sheet, reconstruct
 from point3r_jax.cli.common import end, run
-from point3r_jax.data.errors import InputError
-from point3r_jax.export.files import atomic_file
+from point3r_jax.errors import InputError
 from point3r_jax.export.overview import Cameras, Path, draw_overview
 from point3r_jax.export.read_scene import WrittenScene, read_scene
 from point3r_jax.export.scene import SUMMARY
+from point3r_jax.files import atomic_file
 
 if TYPE_CHECKING:
   from point3r_jax.evaluation import sequences

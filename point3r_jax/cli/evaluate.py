@@ -20,7 +20,7 @@ from point3r_jax.cli.common import (
   run,
   stop_on_interrupt,
 )
-from point3r_jax.data.errors import InputError
+from point3r_jax.errors import InputError
 
 _TASKS = ("mv_recon", "monodepth", "video_depth", "relpose", "synthetic")
 

@@ -29,8 +29,8 @@ from point3r_jax.cli.common import (
   stop_on_interrupt,
 )
 from point3r_jax.config import ModelConfig
-from point3r_jax.data.errors import InputError
 from point3r_jax.data.frames import FrameSource, open_frames
+from point3r_jax.errors import InputError
 from point3r_jax.export.scene import (
   OUTPUTS,
   SUMMARY,

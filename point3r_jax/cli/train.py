@@ -13,7 +13,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from point3r_jax.cli.common import INTERRUPTED, run
-from point3r_jax.data.errors import InputError
+from point3r_jax.errors import InputError
 
 # Exit code of a run that cannot go on; restarting it will not help.
 _DIVERGED = 3

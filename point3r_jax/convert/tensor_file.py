@@ -7,10 +7,12 @@ from typing import Self
 
 import numpy as np
 
+from point3r_jax.errors import UserError
+
 _WRAPPER_PREFIX = "module."
 
 
-class CheckpointFileError(ValueError):
+class CheckpointFileError(UserError):
   """A checkpoint file cannot be read; the message says why and what to do."""
 
 

@@ -10,8 +10,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from point3r_jax.data.errors import InputError, one_line
 from point3r_jax.data.record import SequenceSource
+from point3r_jax.errors import InputError, one_line
 
 
 def _open_synthetic(**options) -> SequenceSource:

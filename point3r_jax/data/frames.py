@@ -26,10 +26,10 @@ from PIL import Image
 
 from point3r_jax.data import images
 from point3r_jax.data import paths as paths_lib
-from point3r_jax.data.errors import InputError
 from point3r_jax.data.prefetch import ordered_map
 from point3r_jax.data.reading import Lost, RawFrame, clip, select
 from point3r_jax.data.video import VideoFile
+from point3r_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)

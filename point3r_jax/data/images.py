@@ -16,7 +16,7 @@ import os
 import numpy as np
 from PIL import Image
 
-from point3r_jax.data.errors import InputError, one_line
+from point3r_jax.errors import InputError, one_line
 
 # Sides of images are multiples of the patch of all published weights. It is not
 # taken from a `ModelConfig`: data know no models, and a model checks its own.

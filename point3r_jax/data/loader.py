@@ -30,8 +30,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from point3r_jax.data.errors import InputError
 from point3r_jax.data.record import Record, check_record, record_error
+from point3r_jax.errors import InputError
 
 
 class Loader(Iterator[Record]):

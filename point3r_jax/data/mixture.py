@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from point3r_jax.data.errors import InputError
 from point3r_jax.data.record import (
   Record,
   SequenceSource,
@@ -31,6 +30,7 @@ from point3r_jax.data.record import (
   complete_record,
   record_error,
 )
+from point3r_jax.errors import InputError
 
 # Generators of epoch e are seeded with e plus one of these, and this stride for
 # each unit of the seed: seed 0 gives the published order.

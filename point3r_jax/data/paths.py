@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from point3r_jax.data.errors import InputError
 from point3r_jax.data.images import HEIF_EXTENSIONS
+from point3r_jax.errors import InputError
 
 IMAGE_EXTENSIONS = (
   *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"),

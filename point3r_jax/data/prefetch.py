@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from point3r_jax.data.errors import InputError
+from point3r_jax.errors import InputError
 
 S = TypeVar("S")
 T = TypeVar("T")

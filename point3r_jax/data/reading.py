@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from point3r_jax.data.errors import InputError
+from point3r_jax.errors import InputError
 
 
 class RawFrame(NamedTuple):

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from point3r_jax.data.errors import InputError, one_line
+from point3r_jax.errors import InputError, one_line
 
 Record = dict[str, np.ndarray]
 

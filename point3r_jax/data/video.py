@@ -15,8 +15,8 @@ from typing import NamedTuple
 import av
 from PIL import Image
 
-from point3r_jax.data.errors import InputError, one_line
 from point3r_jax.data.reading import Lost, RawFrame, clip
+from point3r_jax.errors import InputError, one_line
 
 _log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import cv2
 import numpy as np
 
-from point3r_jax.data.errors import InputError
+from point3r_jax.errors import InputError
 from point3r_jax.evaluation.depth_alignment import (
   Alignment,
   DepthOptions,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from point3r_jax.data.errors import InputError
+from point3r_jax.errors import InputError
 
 _CHUNK = 1 << 20  # Pixels at once where temporaries would add up.
 _SAMPLE = 1 << 16  # Pixels from which a large problem gets its start.

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from point3r_jax.data.errors import InputError
+from point3r_jax.errors import InputError
 
 T = TypeVar("T")
 

@@ -22,8 +22,8 @@ import jax
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from point3r_jax.data.errors import InputError
 from point3r_jax.data.prefetch import prefetch
+from point3r_jax.errors import InputError
 from point3r_jax.evaluation.pose import procrustes
 from point3r_jax.evaluation.predictions import (
   PredictionStore,

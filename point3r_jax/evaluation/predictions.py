@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from point3r_jax.data.errors import InputError, one_line
 from point3r_jax.differences import differences
+from point3r_jax.errors import InputError, one_line
 from point3r_jax.evaluation.sequences import Sequence
-from point3r_jax.export.files import atomic_file
+from point3r_jax.files import atomic_file
 
 _MANIFEST = "manifest.json"
 _FACTS = "prediction.json"

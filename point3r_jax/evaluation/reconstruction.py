@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from scipy.spatial import cKDTree
 
-from point3r_jax.data.errors import InputError
+from point3r_jax.errors import InputError
 from point3r_jax.evaluation.clouds import (
   Icp,
   estimate_normals,

@@ -19,7 +19,7 @@ import numpy as np
 
 from point3r_jax.checkpoints import UNTRAINED, load_checkpoint, load_metadata
 from point3r_jax.config import ModelConfig
-from point3r_jax.data.errors import InputError
+from point3r_jax.errors import InputError
 from point3r_jax.evaluation.benchmarks import (
   Benchmark,
 )

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from point3r_jax.data.errors import InputError
+from point3r_jax.errors import InputError
 from point3r_jax.evaluation import depth, pose, reconstruction
 from point3r_jax.evaluation.clouds import transform
 from point3r_jax.evaluation.depth_alignment import ALIGNMENTS, DepthOptions

@@ -14,7 +14,7 @@ import pathlib
 
 import numpy as np
 
-from point3r_jax.data.errors import InputError
+from point3r_jax.errors import InputError
 from point3r_jax.evaluation.predictions import SavedPrediction
 from point3r_jax.evaluation.reconstruction import used_pixels
 from point3r_jax.evaluation.sequences import Sequence

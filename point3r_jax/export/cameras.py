@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from point3r_jax.export import files
+from point3r_jax import files
 
 _HEADER = {
   "format": "point3r-jax cameras",

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from point3r_jax.export import files
+from point3r_jax import files
 
 _PNG_MAX = 65535
 

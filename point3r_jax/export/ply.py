@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 
-from point3r_jax.export import files
+from point3r_jax import files
 
 _VERTEX = np.dtype([("position", "<f4", 3), ("color", "u1", 3)])
 _CHUNK = 1 << 18  # Vertices converted at a time: 4 MB.

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from point3r_jax.data.frames import Frame
+from point3r_jax.errors import UserError
 from point3r_jax.export import depth as depth_files
 from point3r_jax.export.cameras import CameraFrame, CameraWriter
 from point3r_jax.export.cloud import VoxelCloud, confidence_mask
-from point3r_jax.export.files import atomic_file
 from point3r_jax.export.ply import write_ply
 from point3r_jax.export.trajectory import TrajectoryWriter
+from point3r_jax.files import atomic_file
 
 # What can be written, and the file or folder that it goes to.
 OUTPUTS = {
@@ -42,7 +43,7 @@ _FORMAT = "point3r-jax reconstruction"
 _NO_COUNTS = depth_files.DepthPngCounts(0, 0, 0)
 
 
-class OutputError(ValueError):
+class OutputError(UserError):
   """An output folder that must not be written to, or results that cannot."""
 
 

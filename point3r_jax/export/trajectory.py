@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 
-from point3r_jax.export import files
+from point3r_jax import files
 
 
 def tum_line(timestamp: float, pose: np.ndarray) -> str:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 from jax.experimental import topologies
 
-from point3r_jax.data.errors import InputError, one_line
+from point3r_jax.errors import InputError, one_line
 
 
 class _Gpu(NamedTuple):

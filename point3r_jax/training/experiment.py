@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 
 from point3r_jax.config import preset
 from point3r_jax.data.datasets import open_sources
-from point3r_jax.data.errors import InputError
 from point3r_jax.data.mixture import Mixture
+from point3r_jax.errors import InputError
 from point3r_jax.losses import LossOptions
 from point3r_jax.params import param_shapes
 from point3r_jax.streaming import StepOptions

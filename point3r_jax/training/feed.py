@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from point3r_jax.data.errors import InputError
 from point3r_jax.data.loader import open_loader
 from point3r_jax.data.mixture import Mixture
 from point3r_jax.data.synthetic.render import Options
 from point3r_jax.data.synthetic.source import Recipe, SyntheticSource, render
+from point3r_jax.errors import InputError
 from point3r_jax.training.experiment import Experiment
 from point3r_jax.training.sharding import AXES, batch_sharding
 from point3r_jax.training.step import FLAGS

@@ -21,7 +21,7 @@ from tensorboardX import RecordWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from point3r_jax.export.files import atomic_file
+from point3r_jax.files import atomic_file
 
 _logger = logging.getLogger(__name__)
 

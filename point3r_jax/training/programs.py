@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from point3r_jax.data.errors import one_line
+from point3r_jax.errors import one_line
 from point3r_jax.params import param_shapes
 from point3r_jax.streaming import Prediction
 from point3r_jax.training.experiment import CUDA_GRAPHS, Experiment

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from point3r_jax.data.errors import InputError
 from point3r_jax.data.frames import open_frames
 from point3r_jax.data.paths import find_files
+from point3r_jax.errors import InputError
 from tests.data.media import cut, greys, indices, save_image, save_video
 
 

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from point3r_jax.data.errors import InputError
 from point3r_jax.data.images import (
   Preparation,
   load_image,
@@ -17,6 +16,7 @@ from point3r_jax.data.images import (
   prepare_image,
   to_rgb,
 )
+from point3r_jax.errors import InputError
 
 
 def noise(height: int, width: int, seed: int = 0) -> Image.Image:

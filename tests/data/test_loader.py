@@ -7,9 +7,9 @@ import grain
 import numpy as np
 import pytest
 
-from point3r_jax.data.errors import InputError
 from point3r_jax.data.loader import open_loader
 from point3r_jax.data.mixture import Mixture
+from point3r_jax.errors import InputError
 from tests.data.tiny_source import TinySource
 
 BATCH = 4

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from point3r_jax.data import datasets
-from point3r_jax.data.errors import InputError
 from point3r_jax.data.mixture import Mixture
 from point3r_jax.data.record import check_record
+from point3r_jax.errors import InputError
 from tests.data.tiny_source import TinySource
 
 SIZES = [(4, 6), (6, 4), (2, 8), (8, 2), (4, 4)]

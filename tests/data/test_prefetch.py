@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from point3r_jax.data.errors import InputError
 from point3r_jax.data.frames import open_frames
 from point3r_jax.data.prefetch import ordered_map, prefetch
+from point3r_jax.errors import InputError
 from tests.data.media import indices, save_video
 
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from scipy.ndimage import map_coordinates
 
-from point3r_jax.data.errors import InputError
 from point3r_jax.data.record import check_record, complete_record
 from point3r_jax.data.synthetic import shapes, textures
 from point3r_jax.data.synthetic.cameras import MIN_CLEARANCE
 from point3r_jax.data.synthetic.render import Options, sample_sequence
 from point3r_jax.data.synthetic.scene import solids_at
 from point3r_jax.data.synthetic.source import SyntheticSource, sequence_keys
+from point3r_jax.errors import InputError
 from point3r_jax.geometry import quaternion_to_matrix
 
 # One program serves all: what is compiled depends on these alone.

@@ -14,8 +14,8 @@ from av.video.frame import PictureType
 from PIL import Image
 
 from point3r_jax.data import video
-from point3r_jax.data.errors import InputError
 from point3r_jax.data.frames import open_frames
+from point3r_jax.errors import InputError
 from tests.data.media import (
   FASTSTART,
   cut,

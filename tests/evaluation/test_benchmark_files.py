@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from point3r_jax.data.errors import InputError
+from point3r_jax.errors import InputError
 from point3r_jax.evaluation.benchmarks import files, pose_files
 from tests.data.media import cut
 from tests.evaluation import trees

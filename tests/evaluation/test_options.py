@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from point3r_jax.data.errors import InputError
+from point3r_jax.errors import InputError
 from point3r_jax.evaluation.options import options_dict, parse_options
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import point3r_jax as p3r
-from point3r_jax.data.errors import InputError
+from point3r_jax.errors import InputError
 from point3r_jax.evaluation.predict import Keep, plan_lanes, predict
 from point3r_jax.evaluation.predictions import PredictionStore
 from point3r_jax.evaluation.sequences import Sequence

@@ -8,7 +8,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from point3r_jax.data.errors import InputError
+from point3r_jax.errors import InputError
 from point3r_jax.evaluation.predictions import PredictionStore
 from point3r_jax.evaluation.sequences import Sequence
 

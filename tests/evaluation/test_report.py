@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from point3r_jax.data.errors import InputError
+from point3r_jax.errors import InputError
 from point3r_jax.evaluation.report import (
   pictures,
   plots,

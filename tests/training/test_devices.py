@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from point3r_jax.data.errors import InputError
+from point3r_jax.errors import InputError
 from point3r_jax.training import devices
 from point3r_jax.training.devices import fake_devices, topology_devices
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from point3r_jax.config import PRESETS
-from point3r_jax.data.errors import InputError
 from point3r_jax.data.mixture import Mixture
+from point3r_jax.errors import InputError
 from point3r_jax.training.experiment import make_mixture, open_experiment
 from point3r_jax.training.feed import open_feed
 from point3r_jax.training.programs import batch_shapes

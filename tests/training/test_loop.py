@@ -19,7 +19,7 @@ import pytest
 import point3r_jax as p3r
 from point3r_jax.checkpoints import CheckpointError
 from point3r_jax.config import PRESETS
-from point3r_jax.data.errors import InputError
+from point3r_jax.errors import InputError
 from point3r_jax.folder_lock import lock_folder
 from point3r_jax.params import stack_layers
 from point3r_jax.training import loop, programs

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from point3r_jax.data.errors import InputError
 from point3r_jax.data.synthetic import cameras, textures
 from point3r_jax.data.synthetic.scene import (
   Lights,
@@ -31,6 +30,7 @@ from point3r_jax.data.synthetic.shapes import (
   surface,
   take,
 )
+from point3r_jax.errors import InputError
 
 _SHADOW_MARGIN = 2e-3  # Metres.
 

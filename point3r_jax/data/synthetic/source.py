@@ -13,10 +13,10 @@ import flax.struct
 import jax
 import numpy as np
 
-from point3r_jax.data.errors import InputError
 from point3r_jax.data.record import Record
 from point3r_jax.data.synthetic.cameras import PATHS
 from point3r_jax.data.synthetic.render import Options, render_sequence
+from point3r_jax.errors import InputError
 
 SPLITS = ("train", "test")
 

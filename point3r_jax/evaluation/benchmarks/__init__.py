@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from point3r_jax.data.errors import InputError
+from point3r_jax.errors import InputError
 from point3r_jax.evaluation.benchmarks import (
   bonn,
   kitti,

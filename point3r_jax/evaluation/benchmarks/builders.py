@@ -15,13 +15,13 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from point3r_jax.data.errors import InputError
 from point3r_jax.data.images import (
   Preparation,
   check_size,
   load_image,
   prepare_image,
 )
+from point3r_jax.errors import InputError
 from point3r_jax.evaluation.benchmarks.files import image_size
 from point3r_jax.evaluation.sequences import Sequence, Trajectory
 

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from point3r_jax.data.errors import InputError
+from point3r_jax.errors import InputError
 
 # Keeps a side that is scaled to exactly the target from being rounded below.
 _SCALE_EXCESS = 1e-8

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from point3r_jax.data.errors import InputError, one_line
+from point3r_jax.errors import InputError, one_line
 
 # Files of MPI Sintel begin with this number as a little-endian float32.
 SINTEL_TAG = np.float32(202021.25)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from point3r_jax.data.errors import InputError, one_line
+from point3r_jax.errors import InputError, one_line
 
 # What the published loader takes for images.
 _IMAGES = (".jpg", ".jpeg", ".png")

@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from point3r_jax.data.errors import InputError
+from point3r_jax.errors import InputError
 from point3r_jax.evaluation.benchmarks.base import Layout
 from point3r_jax.evaluation.benchmarks.folders import (
   entries,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from point3r_jax.data.errors import InputError
+from point3r_jax.errors import InputError
 from point3r_jax.evaluation.benchmarks.files import SINTEL_TAG, opened
 from point3r_jax.evaluation.sequences import Trajectory
 

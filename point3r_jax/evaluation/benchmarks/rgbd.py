@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple
 import cv2
 import numpy as np
 
-from point3r_jax.data.errors import InputError
 from point3r_jax.data.images import PATCH, check_size
+from point3r_jax.errors import InputError
 from point3r_jax.evaluation.benchmarks.builders import (
   common_size,
   require_at_least_1,

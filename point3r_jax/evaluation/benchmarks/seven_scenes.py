@@ -16,7 +16,7 @@ import dataclasses
 import functools
 from pathlib import Path
 
-from point3r_jax.data.errors import InputError
+from point3r_jax.errors import InputError
 from point3r_jax.evaluation.benchmarks.base import Layout
 from point3r_jax.evaluation.benchmarks.files import opened
 from point3r_jax.evaluation.benchmarks.folders import (

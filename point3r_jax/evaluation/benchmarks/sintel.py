@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from point3r_jax.data.errors import InputError
+from point3r_jax.errors import InputError
 from point3r_jax.evaluation.benchmarks.base import Layout
 from point3r_jax.evaluation.benchmarks.builders import (
   DepthOptions,

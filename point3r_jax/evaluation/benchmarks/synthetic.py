@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from point3r_jax.data.errors import InputError
 from point3r_jax.data.record import Record
 from point3r_jax.data.synthetic.cameras import PATHS
 from point3r_jax.data.synthetic.source import SyntheticSource
+from point3r_jax.errors import InputError
 from point3r_jax.evaluation.benchmarks.base import Layout
 from point3r_jax.evaluation.clouds import transform
 from point3r_jax.evaluation.sequences import PointView, Sequence, Trajectory

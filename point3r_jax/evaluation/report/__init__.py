@@ -16,7 +16,7 @@ from point3r_jax.evaluation.report import tables
 from point3r_jax.evaluation.report.figures import Figures
 from point3r_jax.evaluation.report.page import page
 from point3r_jax.evaluation.results import Evaluation
-from point3r_jax.export.files import atomic_file
+from point3r_jax.files import atomic_file
 
 
 def sequences_csv(evaluation: Evaluation) -> str:

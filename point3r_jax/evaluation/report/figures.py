@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from point3r_jax.data.errors import InputError
+from point3r_jax.errors import InputError
 
 MAX_SHOWN = 6  # Trajectories, depth maps, clouds, plots: of each.
 

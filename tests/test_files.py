@@ -2,7 +2,7 @@ import errno
 
 import pytest
 
-from point3r_jax.export import files
+from point3r_jax import files
 
 
 def test_atomic_file_appears_complete(tmp_path):
