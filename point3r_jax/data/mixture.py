@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -37,6 +38,8 @@ from point3r_jax.errors import InputError
 _SUBSET_SEED = 777
 _BATCH_SEED = 788
 _SEED_STRIDE = 1_000_003
+
+_log = logging.getLogger(__name__)
 
 
 class _Rules(NamedTuple):
@@ -145,6 +148,9 @@ class Mixture:
     batch_size: G, samples in a step over all processes.
     epochs: length of the run.
     seed: other seeds, other orders, subsets and samples.
+    replace_unreadable: how many records, the next ones of the same dataset, may
+      be tried in the place of one that is not to be had or not valid. 0: that
+      is an error.
   """
 
   parts: Sequence[tuple[SequenceSource, int]]
@@ -153,6 +159,7 @@ class Mixture:
   batch_size: int
   epochs: int
   seed: int = 0
+  replace_unreadable: int = 0
 
   def __post_init__(self):
     """Checks what was given.
@@ -178,10 +185,15 @@ class Mixture:
     for size in self.image_sizes:
       if len(size) != 2 or min(size) < 1:
         raise InputError(f"image size {size} is not (height, width)")
-    if self.batch_size < 1 or self.epochs < 1 or self.seed < 0:
+    if self.batch_size < 1 or self.epochs < 1:
       raise InputError(
         f"batch size {self.batch_size} and epochs {self.epochs} must be 1 or "
-        f"more, seed {self.seed} 0 or more"
+        "more"
+      )
+    if self.seed < 0 or self.replace_unreadable < 0:
+      raise InputError(
+        f"seed {self.seed} and replace_unreadable {self.replace_unreadable} "
+        "must be 0 or more"
       )
     if not self.steps_per_epoch:
       raise InputError(
@@ -238,11 +250,13 @@ class Mixture:
     epoch, batch = divmod(step, self.steps_per_epoch)
     return _order_epoch(self._rules, epoch), batch
 
-  def draw(self, position: int) -> Draw:
+  def draw(self, position: int, replaced: int = 0) -> Draw:
     """Says which sample is at a position.
 
     Args:
       position: in the run; batch s is the positions from s·G to (s + 1)·G.
+      replaced: so many records there could not be read; the sample is of the
+        one so many further on in its dataset.
 
     Raises:
       IndexError: there is no such position.
@@ -254,13 +268,15 @@ class Mixture:
       )
     epoch, place = divmod(position, self.steps_per_epoch * self.batch_size)
     order = _order_epoch(self._rules, epoch)
-    batch = place // self.batch_size
+    batch, source = place // self.batch_size, int(order.source[place])
+    index = int(order.index[place]) + replaced
+    seed = (self.seed, epoch, place, replaced)[: 4 if replaced else 3]
     return Draw(
-      source=int(order.source[place]),
-      index=int(order.index[place]),
+      source=source,
+      index=index % self._rules.lengths[source],
       views=int(order.views[batch]),
       image_size=tuple(self.image_sizes[order.size[batch]]),
-      rng=np.random.default_rng((self.seed, epoch, place)),
+      rng=np.random.default_rng(seed),
     )
 
   def __getitem__(self, position: int) -> Record:
@@ -268,18 +284,34 @@ class Mixture:
 
     Raises:
       IndexError: there is no such position.
-      InputError: the dataset cannot give the record, or gives no valid one;
-        names both.
+      InputError: the dataset cannot give the record, or gives no valid one, and
+        none of those that may replace it; names the dataset and the first.
     """
-    number, index, views, image_size, rng = self.draw(position)
-    source = self.parts[number][0]
-    where = f"dataset {source.name!r}, record {index}"
+    first = None
+    for replaced in range(self.replace_unreadable + 1):
+      draw = self.draw(position, replaced)
+      try:
+        record = self._read(draw)
+      except InputError as error:
+        first = first or error
+        continue
+      if replaced:
+        _log.warning("record %d is read instead: %s", draw.index, first)
+      return record
+    raise first
+
+  def _read(self, draw: Draw) -> Record:
+    """Reads a sample; raises InputError, which names it, if it cannot."""
+    source = self.parts[draw.source][0]
+    where = f"dataset {source.name!r}, record {draw.index}"
     try:
-      record = source.sequence(index, views, image_size, rng)
+      record = source.sequence(
+        draw.index, draw.views, draw.image_size, draw.rng
+      )
     except Exception as error:
       raise record_error(where, error) from None
-    record = complete_record(record, number, index)
-    check_record(record, where, views, image_size)
+    record = complete_record(record, draw.source, draw.index)
+    check_record(record, where, draw.views, draw.image_size)
     return record
 
   def fingerprint(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The order of samples, their reproducibility, and what is refused."""
 
+import dataclasses
 import json
 import pickle
 
@@ -153,6 +154,27 @@ def test_what_a_source_raises_names_dataset_and_record():
     InputError, match=r"dataset 'torn', record 0: KeyError: 'depth'"
   ):
     make_mixture(parts=[(source, 4)])[0]
+
+
+def test_unreadable_records_may_be_replaced(caplog):
+  whole = TinySource(length=5)
+  source = TinySource(length=5, broken=(1, 2), error=OSError("gone"))
+  read = Mixture([(source, 5)], [(4, 6)], 2, 5, 1, replace_unreadable=2)
+  sound = Mixture([(whole, 5)], [(4, 6)], 2, 5, 1)
+  for position in range(5):
+    index = sound.draw(position).index
+    record, expected = read[position], sound[position]
+    assert record["index"] == {1: 3, 2: 3}.get(index, index)
+    same = np.array_equal(record["image"], expected["image"])
+    assert same == (index not in source.broken)
+    np.testing.assert_array_equal(record["image"], read[position]["image"])
+  assert (
+    "record 3 is read instead: dataset 'tiny', record 1: OSE" in caplog.text
+  )
+  few = dataclasses.replace(read, replace_unreadable=1)
+  position = next(i for i in range(5) if sound.draw(i).index == 1)
+  with pytest.raises(InputError, match="record 1: OSError: gone"):
+    few[position]
 
 
 def broken_record(key, change):
