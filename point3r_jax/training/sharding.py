@@ -53,7 +53,12 @@ def make_mesh(
   types = (AxisType.Auto,) * 2
   networks = len({getattr(device, "slice_index", 0) for device in devices})
   if networks == 1:
-    return jax.make_mesh((data, fsdp), AXES, axis_types=types, devices=devices)
+    # An axis of the mesh may take part of an axis of a pod, which jax.make_mesh
+    # allows on few kinds of TPUs.
+    grid = mesh_utils.create_device_mesh(
+      (data, fsdp), devices, allow_split_physical_axes=True
+    )
+    return Mesh(grid, AXES, axis_types=types)
   # Several nodes with GPUs, or slices of TPUs. What 'fsdp' sends is the most:
   # it stays within one of them as far as it can.
   inner = math.gcd(fsdp, count // networks)

@@ -1,6 +1,8 @@
 """Training over meshes of eight CPU devices: the same numbers as on one."""
 
+import dataclasses
 import functools
+import itertools
 import re
 
 import chex
@@ -121,3 +123,40 @@ def test_parameters_are_split_along_their_largest_dimension():
 def test_a_mesh_uses_all_devices(axes):
   with pytest.raises(ValueError, match="does not use 8 devices"):
     make_mesh(*axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What is asked of a chip of a pod to place it in a mesh."""
+
+  id: int
+  coords: tuple[int, int, int]
+  slice_index: int
+  platform: str = "tpu"
+  device_kind: str = "TPU v5"
+  core_on_chip: int = 0
+  process_index: int = 0
+
+
+def pod(slices):
+  """Returns the chips of slices of 4x4x4."""
+  places = itertools.product(range(slices), *[range(4)] * 3)
+  return [Chip(i, tuple(coords), n) for i, (n, *coords) in enumerate(places)]
+
+
+@pytest.mark.parametrize("fsdp", [1, 2, 8, 32, 64])
+def test_axes_need_not_be_those_of_a_pod(fsdp):
+  chips = pod(1)
+  mesh = make_mesh(-1, fsdp, chips)
+  assert dict(mesh.shape) == {"data": 64 // fsdp, "fsdp": fsdp}
+  assert set(mesh.devices.flat) == set(chips)
+
+
+@pytest.mark.parametrize(
+  ("fsdp", "slices"), [(1, 1), (8, 1), (64, 1), (128, 2)]
+)
+def test_parameters_are_gathered_within_slices(fsdp, slices):
+  mesh = make_mesh(-1, fsdp, pod(2))
+  assert mesh.shape["fsdp"] == fsdp
+  for row in mesh.devices:
+    assert len({chip.slice_index for chip in row}) == slices
