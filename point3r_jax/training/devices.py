@@ -5,11 +5,14 @@
 | `fake_devices(64)` | this machine's CPU, many times | nothing |
 | `topology_devices("h200:2x8")` | two hosts of eight GPUs | extra "cuda" |
 | `topology_devices("v5p:4x4x4")` | a slice of a TPU pod | extra "tpu" |
+| `topology_devices("v5p-128")` | the same, 64 chips | extra "tpu" |
+| `topology_devices("2xv5p:4x4x4")` | two such slices | extra "tpu" |
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -83,6 +86,25 @@ dnn_version_info {{ major: 9 minor: 10 }}
 device_description_str: "{name}"
 """
 
+# The usual shapes of slices, in chips, of pods with two axes and with three.
+_SQUARES = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = (
+  *("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
+  *("8x8x16", "8x16x16", "16x16x16"),
+)
+# Google Cloud's name of a pod, its compiler's, what the former counts a chip.
+_PODS = (
+  ("v5p", "v5p", 2, _CUBES),
+  ("v5e", "v5e", 1, _SQUARES),
+  ("v5litepod", "v5e", 1, _SQUARES),
+  ("v6e", "v6e", 1, _SQUARES),
+)
+_TPU_SLICES = {
+  f"{pod}-{count * math.prod(map(int, shape.split('x')))}": f"{kind}:{shape}"
+  for pod, kind, count, shapes in _PODS
+  for shape in shapes
+}
+
 
 def fake_devices(count: int) -> None:
   """Lets JAX have so many devices, all of them this machine's CPU.
@@ -131,20 +153,36 @@ def _gpu_devices(kind: str, hosts: str) -> Sequence[jax.Device]:
     ) from error
 
 
+def _tpu_topology(name: str) -> str:
+  """Returns the compiler's name of a slice: "v5p-128" is "v5p:4x4x4"."""
+  if ":" not in name and name not in _TPU_SLICES:
+    raise InputError(
+      f"{name!r} is no slice of TPUs known by name: v5p-N counts cores, two a "
+      "chip, v5e-N, v5litepod-N and v6e-N count chips; or say its shape "
+      f"in chips, such as v5p:4x4x4 for v5p-128. GPUs are {', '.join(_GPUS)}, "
+      "such as h200:8"
+    )
+  return _TPU_SLICES.get(name, name)
+
+
 def topology_devices(name: str) -> Sequence[jax.Device]:
   """Returns devices to compile for only.
 
   Args:
     name: of GPUs, the kind and how many, such as "h200:8", or "h200:2x8" for
-      two hosts with eight each; of a slice of a TPU pod, generation and size in
-      chips, such as "v5p:2x2x4" or "v6e:4x4".
+      two hosts with eight each; of a slice of a TPU pod, generation and shape
+      in chips, such as "v5p:2x2x4" or "v6e:4x4", or Google Cloud's name for it,
+      such as "v5p-32" or "v6e-16"; of several slices, "2xv5p:2x2x4".
 
   Raises:
     InputError: without the packages that it needs, or for an unknown name.
   """
-  kind, _, size = name.partition(":")
+  times = re.match(r"([1-9]\d*)x|", name)
+  slices, one = times[1], name[times.end() :]
+  kind, _, size = one.partition(":")
   if kind in _GPUS:
-    return _gpu_devices(kind, size)
+    return _gpu_devices(kind, f"{slices}x{size}" if slices else size)
+  topology = _tpu_topology(one)
   if importlib.util.find_spec("libtpu") is None:
     raise InputError(
       f"{name!r} is none of the GPUs {', '.join(_GPUS)}; planning for TPUs "
@@ -152,7 +190,8 @@ def topology_devices(name: str) -> Sequence[jax.Device]:
     )
   # Without this it looks for a TPU's host on the network.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  several = {"num_slices": int(slices)} if slices else {}
   try:
-    return topologies.get_topology_desc(name, "tpu").devices
+    return topologies.get_topology_desc(topology, "tpu", **several).devices
   except jax.errors.JaxRuntimeError as error:
     raise InputError(f"no TPU topology {name!r}: {one_line(error)}") from error

@@ -19,11 +19,45 @@ def test_fake_devices_that_are_there_or_cannot_be():
 def test_a_tpu_topology_that_cannot_be():
   # Without the compiler, or with it but without such a thing.
   with pytest.raises(InputError, match=r"point3r-jax\[tpu\]|no TPU topology"):
-    topology_devices("v5p-128")
+    topology_devices("v9:4x4")
+
+
+@pytest.mark.parametrize("name", ["v5p-127", "v5p-2", "v9-8", "v5p", "2x", ""])
+def test_a_tpu_slice_without_a_known_shape(name):
+  with pytest.raises(InputError, match="v5p:4x4x4 for v5p-128"):
+    topology_devices(name)
 
 
 @pytest.mark.parametrize(
-  "name", ["h200", "h200:", "h200:x8", "h200:0", "h200:8x"]
+  ("name", "topology", "slices"),
+  [
+    ("v5p:4x4x4", "v5p:4x4x4", {}),
+    ("v5p-128", "v5p:4x4x4", {}),  # Cores, two a chip.
+    ("v5p-8", "v5p:2x2x1", {}),
+    ("v6e-32", "v6e:4x8", {}),  # Chips.
+    ("v5litepod-256", "v5e:16x16", {}),
+    ("2xv5p-16", "v5p:2x2x2", {"num_slices": 2}),
+    ("12xv6e:4x4", "v6e:4x4", {"num_slices": 12}),
+  ],
+)
+def test_slices_are_named_to_their_compiler(
+  monkeypatch, name, topology, slices
+):
+  asked = []
+
+  def describe(*arguments, **options):
+    asked.append((*arguments, options))
+    raise jax.errors.JaxRuntimeError("asked")
+
+  monkeypatch.setattr(devices.importlib.util, "find_spec", lambda _: True)
+  monkeypatch.setattr(devices.topologies, "get_topology_desc", describe)
+  with pytest.raises(InputError, match=f"no TPU topology '{name}': asked"):
+    topology_devices(name)
+  assert asked == [(topology, "tpu", slices)]
+
+
+@pytest.mark.parametrize(
+  "name", ["h200", "h200:", "h200:x8", "h200:0", "h200:8x", "2xh200:2x8"]
 )
 def test_a_gpu_topology_that_cannot_be(name):
   with pytest.raises(InputError, match="h200:2x8 for 2 hosts"):
@@ -31,7 +65,8 @@ def test_a_gpu_topology_that_cannot_be(name):
 
 
 @pytest.mark.parametrize(
-  ("name", "topology"), [("a100:4", "1x1x4"), ("b200:2x8", "1x2x8")]
+  ("name", "topology"),
+  [("a100:4", "1x1x4"), ("b200:2x8", "1x2x8"), ("2xh200:8", "1x2x8")],
 )
 def test_gpus_are_described_to_their_compiler(monkeypatch, name, topology):
   asked = {}
@@ -44,7 +79,7 @@ def test_gpus_are_described_to_their_compiler(monkeypatch, name, topology):
   with pytest.raises(InputError, match=r"point3r-jax\[cuda\]"):
     topology_devices(name)
   assert (asked["platform"], asked["topology"]) == ("cuda", topology)
-  assert name[:4].upper() in asked["target_config"]
+  assert asked["kind"].upper() in asked["target_config"]
   assert asked["target_config"].count("{") == asked["target_config"].count("}")
 
 
