@@ -12,6 +12,7 @@ See `training.devices` for what can be planned for.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -32,6 +33,8 @@ from point3r_jax.training.programs import (
   lower_step,
 )
 from point3r_jax.training.step import StepConfig, sequence_loss
+
+_log = logging.getLogger(__name__)
 
 # The program for CPUs never runs: its code need not be fast.
 _CPU_OPTIONS = {
@@ -56,7 +59,8 @@ class Plan:
     optimizer_bytes: of the optimiser's state, and of the moving average.
     batch_bytes: of the batch.
     temp_bytes: of what the compiled step needs beside what goes in:
-      activations, gradients, gathered parameters.
+      activations, gradients, parameters as gathered or rounded. They use the
+      same memory in turn, so that there is no number for each.
     total_bytes: of all that goes in, as the compiler lays it out (perhaps with
       padding), and `temp_bytes`.
     flops: operations of all devices together, see `step_flops`.
@@ -153,6 +157,11 @@ def plan(experiment: Experiment, image_size: tuple[int, int]) -> Plan:
   if device.platform == "cpu":
     options = _CPU_OPTIONS
 
+  _log.info(
+    "compiling the step for %d views of %dx%d, which takes minutes if the "
+    "model is large",
+    *shape,
+  )
   lowered = lower_step(experiment, shape)
   started = time.perf_counter()
   compiled = lowered.compile(options)
@@ -219,7 +228,10 @@ def format_plan(plan: Plan) -> str:
     ("  parameters", _bytes(plan.param_bytes)),
     ("  optimiser", _bytes(plan.optimizer_bytes)),
     ("  batch", _bytes(plan.batch_bytes)),
-    ("  temporary", _bytes(plan.temp_bytes)),
+    (
+      "  activations",
+      f"{_bytes(plan.temp_bytes)}, with gradients and copies of parameters",
+    ),
     ("collectives", "a step and device" if collectives else "none"),
     *(
       (f"  {kind}", f"{_bytes(x.bytes)} in {x.runs:,} runs")
@@ -237,6 +249,6 @@ def format_plan(plan: Plan) -> str:
     lines.append(
       "Compiled for CPUs, which compute bfloat16 as float32 and write out all "
       "attention\nweights: an accelerator, named with --topology, needs less "
-      "temporary memory."
+      "for activations."
     )
   return "\n".join(lines)

@@ -1,5 +1,7 @@
 """What a step would cost: exact where it can be, by the program where not."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -53,8 +55,10 @@ def short_loss(config, params, batch):
   return loss, (dict.fromkeys(PARTS, loss), None)
 
 
-def test_one_device():
+def test_one_device(caplog):
+  caplog.set_level("INFO")
   cost = micro_plan(1, 1)
+  assert "compiling the step for 1 views" in caplog.text
   assert (cost.parameters, cost.trained) == (TOTAL, HEAD)
   assert cost.param_bytes == 4 * TOTAL
   # Two moments, the moving average, and two counts of updates.
@@ -78,7 +82,9 @@ def test_data_parallel_reduces_and_fully_sharded_gathers(monkeypatch):
   assert TOTAL / 8 < split.param_bytes / 4 < TOTAL / 6
   gathered = split.collectives.traffic["all-gather"].bytes
   assert 0.9 * 4 * TOTAL < gathered <= 4 * TOTAL
-  assert "8 x cpu" in format_plan(split)
+  table = format_plan(split)
+  assert "8 x cpu" in table
+  assert re.search(r"activations .*iB, with gradients and copies", table)
 
 
 PROGRAM = """HloModule jit_step, entry_computation_layout={()->f32[]}
