@@ -190,7 +190,10 @@ def test_what_is_not_in_the_config_is_an_error(argument, message):
     ("rollout.attention=flash", "unknown attention 'flash'"),
     ("rollout.remat=all", "unknown remat 'all'"),
     ("model.preset=large", "unknown preset 'large'.*small"),
-    ("optimizer.warmup_epochs=11.0", "warmup_epochs.*11.0 of 10"),
+    ("optimizer.warmup_epochs=11.0", "warmup_epochs is 11.0.*epochs = 10.0"),
+    ("optimizer.lr=-1.0", "optimizer.lr is -1.0; it must be above 0"),
+    ("rollout.capacity=47", "capacity is 47; one frame of 96x128 leaves 48"),
+    ("datasets.synthetic.samples=0", "datasets.synthetic.samples is 0"),
     ("batch_size=25601", "25600 samples has no full batch of 25601"),
   ],
 )
@@ -199,10 +202,22 @@ def test_values_without_meaning_are_named(argument, message):
     make_step_config(load("synthetic_tiny", argument))
 
 
+def test_a_dataset_without_samples_is_named():
+  config = synthetic_tiny.get_config()
+  config.datasets.rooms = ConfigDict({"folder": "rooms"})
+  with pytest.raises(ConfigError, match=r"datasets\.rooms\.samples is None"):
+    make_step_config(config)
+
+
 @pytest.mark.parametrize(
   ("argument", "message"),
   [
-    ("batch_size=12", "batch_size 12 does not divide over 8 devices"),
+    ("batch_size=12", "12 does not divide over 8 devices; 8 or 16 would"),
+    ("batch_size=4", "4 does not divide over 8 devices; 8 would"),
+    ("image_sizes=((96.0, 128),)", "pairs of height and width, whole numbers"),
+    ("image_sizes=(96, 128)", "pairs of height and width"),
+    ("image_sizes=()", "pairs of height and width"),
+    ("optimizer.freeze=('.*',)", "freeze leaves nothing to train"),
     ("mesh.fsdp=3", "fsdp=3 does not use 8 devices"),
     ("cuda_graphs=loops", "cuda_graphs is 'loops'.*none, bodies, all"),
   ],

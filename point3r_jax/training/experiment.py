@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from point3r_jax.config import preset
+from point3r_jax.config import ModelConfig, preset
 from point3r_jax.data.datasets import open_sources
 from point3r_jax.data.mixture import Mixture
 from point3r_jax.errors import InputError
@@ -47,7 +47,6 @@ _LEAST = {
   "checkpoint.every_epochs": 0,
   "checkpoint.keep_every_epochs": 0,
   "rollout.capacity": 0,
-  "optimizer.clip_norm": 1e-12,
 }
 # What of a step CUDA graphs hold: nothing, what lies between loops and in their
 # bodies, or loops as a whole, too.
@@ -67,16 +66,44 @@ def _check(config: ConfigDict) -> None:
       f"config.cuda_graphs is {config.cuda_graphs!r}; it must be one of "
       f"{', '.join(CUDA_GRAPHS)}"
     )
+  sizes = config.image_sizes
+  if not sizes or not all(map(_is_size, sizes)):
+    raise ConfigError(
+      f"config.image_sizes is {sizes}; it must hold pairs of height and width, "
+      "whole numbers, such as ((384, 512),)"
+    )
+
+
+def _is_size(size: Any) -> bool:
+  """Returns whether it is a pair of whole numbers."""
+  return (
+    isinstance(size, list | tuple)
+    and len(size) == 2
+    and all(isinstance(side, int) for side in size)
+  )
+
+
+def _check_capacity(config: ConfigDict, model: ModelConfig) -> None:
+  """Raises ConfigError if a frame leaves more pointers than there is room."""
+  capacity = config.rollout.capacity
   for size in config.image_sizes:
-    if not isinstance(size, list | tuple) or len(size) != 2:
+    tokens = math.prod(model.grid(tuple(size)))
+    if 0 < capacity < tokens:
       raise ConfigError(
-        f"config.image_sizes is {config.image_sizes}; it must hold pairs of "
-        "height and width, such as ((384, 512),)"
+        f"config.rollout.capacity is {capacity}; one frame of "
+        f"{size[0]}x{size[1]} leaves {tokens} pointers (0: room for all)"
       )
 
 
 def _steps_per_epoch(config: ConfigDict) -> int:
   """Batches in an epoch, by the config alone."""
+  for name, dataset in config.datasets.items():
+    count = dataset.get("samples")
+    if not isinstance(count, int) or count < 1:
+      raise ConfigError(
+        f"config.datasets.{name}.samples is {count}; it must say how many "
+        "samples of it an epoch takes"
+      )
   samples = sum(dataset.samples for dataset in config.datasets.values())
   if samples < config.batch_size:
     raise ConfigError(
@@ -105,8 +132,7 @@ def make_step_config(config: ConfigDict) -> StepConfig:
       scan_layers=config.model.scan_layers,
       rotary_bases=tuple(config.model.rotary_bases),
     )
-    for size in config.image_sizes:
-      model.grid(tuple(size))
+    _check_capacity(config, model)
     optimizer = dict(config.optimizer.to_dict(), epochs=float(config.epochs))
     optimizer["freeze"] = tuple(optimizer["freeze"])
     return StepConfig(
@@ -179,14 +205,19 @@ class Experiment:
     _check(self.config)
     shapes = param_shapes(self.step.model)
     try:
-      split_frozen(shapes, self.step.optimizer.freeze)
+      trained, _ = split_frozen(shapes, self.step.optimizer.freeze)
       param_shardings(self.mesh, shapes, self.rules)
     except (ValueError, re.error) as error:
       raise ConfigError(f"config: {error}") from error
-    if self.config.batch_size % self.mesh.size:
+    if not trained:
+      raise ConfigError("config.optimizer.freeze leaves nothing to train")
+    batch, devices = self.config.batch_size, self.mesh.size
+    below = batch - batch % devices
+    if below != batch:
+      near = f"{below} or {below + devices}" if below else devices
       raise ConfigError(
-        f"batch_size {self.config.batch_size} does not divide over "
-        f"{self.mesh.size} devices"
+        f"batch_size {batch} does not divide over {devices} devices; "
+        f"{near} would"
       )
 
   @functools.cached_property

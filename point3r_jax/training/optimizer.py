@@ -62,16 +62,26 @@ class OptimizerOptions:
       raise ValueError(
         f"unknown optimizer {self.name!r}; there are {list(OPTIMIZERS)}"
       )
-    if not 0 <= self.warmup_epochs <= self.epochs:
-      raise ValueError(
-        f"warmup_epochs must be between 0 and epochs, got {self.warmup_epochs} "
-        f"of {self.epochs}"
-      )
-    if self.accumulate < 1 or not 0 <= self.ema_decay < 1:
-      raise ValueError(
-        "accumulate must be at least 1 and ema_decay in [0, 1), got "
-        f"{self.accumulate} and {self.ema_decay}"
-      )
+    for name, fits, wanted in (
+      ("lr", 0 < self.lr < math.inf, "above 0"),
+      ("min_lr", 0 <= self.min_lr <= self.lr, f"in [0, lr = {self.lr}]"),
+      (
+        "warmup_epochs",
+        0 <= self.warmup_epochs <= self.epochs,
+        f"in [0, epochs = {self.epochs}]",
+      ),
+      ("weight_decay", self.weight_decay >= 0, "at least 0"),
+      ("b1", 0 <= self.b1 < 1, "in [0, 1)"),
+      ("b2", 0 <= self.b2 < 1, "in [0, 1)"),
+      ("eps", self.eps > 0, "above 0"),
+      ("clip_norm", self.clip_norm > 0, "above 0"),
+      ("accumulate", self.accumulate >= 1, "at least 1"),
+      ("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)"),
+    ):
+      if not fits:
+        raise ValueError(
+          f"optimizer.{name} is {getattr(self, name)}; it must be {wanted}"
+        )
 
 
 def learning_rate(

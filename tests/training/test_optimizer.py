@@ -1,6 +1,7 @@
 """The optimiser against its formulas, on trees small enough to follow."""
 
 import collections
+import math
 
 import chex
 import hypothesis
@@ -326,10 +327,18 @@ def test_what_is_frozen_has_no_optimiser_state_and_no_average():
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"epochs": 4.0}, "between 0 and epochs, got 5.0 of 4.0"),
-    ({"warmup_epochs": -1.0}, "between 0 and epochs"),
-    ({"accumulate": 0}, "accumulate must be at least 1"),
-    ({"ema_decay": 1.0}, r"ema_decay in \[0, 1\)"),
+    ({"lr": -1.0}, "lr is -1.0; it must be above 0"),
+    ({"lr": math.nan}, "lr is nan"),
+    ({"min_lr": 1.0}, r"min_lr is 1.0; it must be in \[0, lr = 5e-05\]"),
+    ({"epochs": 4.0}, r"warmup_epochs is 5.0; .* \[0, epochs = 4.0\]"),
+    ({"warmup_epochs": -1.0}, "warmup_epochs is -1.0"),
+    ({"weight_decay": -0.1}, "weight_decay is -0.1; it must be at least 0"),
+    ({"b1": 1.5}, r"b1 is 1.5; it must be in \[0, 1\)"),
+    ({"b2": 1.0}, "b2 is 1.0"),
+    ({"eps": 0.0}, "eps is 0.0"),
+    ({"clip_norm": 0.0}, "clip_norm is 0.0; it must be above 0"),
+    ({"accumulate": 0}, "accumulate is 0; it must be at least 1"),
+    ({"ema_decay": 1.0}, r"ema_decay is 1.0; it must be in \[0, 1\)"),
   ],
 )
 def test_numbers_without_meaning_are_refused(changes, message):
