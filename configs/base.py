@@ -111,12 +111,24 @@ def get_config() -> ConfigDict:
   return c
 
 
-def published_datasets(samples: dict[str, int]) -> ConfigDict:
+def published_datasets(
+  samples: dict[str, int], allow_repeat: bool
+) -> ConfigDict:
   """Returns the datasets of a published stage, in its order.
+
+  Their readers are yet to come, but a run is resumed only with the options that
+  it began with: those that the published stages set are all here.
 
   Args:
     samples: dataset → samples in an epoch.
+    allow_repeat: whether scenes with fewer frames than views are used, too,
+      some of their frames more than once.
   """
+  options = {
+    "allow_repeat": allow_repeat,
+    "aug_crop": 16,  # A view is scaled to up to 15 pixels more, then cropped.
+    "color_jitter": True,  # The same for all views of a sequence.
+  }
   folders = {
     "co3d": "processed_co3d",
     "arkitscenes": "processed_arkitscenes",
@@ -130,7 +142,9 @@ def published_datasets(samples: dict[str, int]) -> ConfigDict:
   }
   return ConfigDict(
     {
-      name: ConfigDict({"samples": count, "folder": folders.get(name, name)})
+      name: ConfigDict(
+        {"samples": count, "folder": folders.get(name, name), **options}
+      )
       for name, count in samples.items()
     },
     sort_keys=False,

@@ -4,6 +4,13 @@
     --config.init_from runs/stage1
 
 The published run: 8 GPUs with 3 sequences each, 4916 steps an epoch, 10 epochs.
+
+Expected: weights for images of the size and shapes that reconstruction uses and
+for memories that are fused, to begin stage 3 with. Of this stage no scores are
+known, the published ones being of the released weights; with data it was not
+run here. A step with one GPU's 3 sequences at 512×384, the largest shape, takes
+616 ms on an H200 (benchmarks/README.md; bfloat16): at that rate 8 hours on
+eight.
 """
 
 from ml_collections import ConfigDict
@@ -32,6 +39,7 @@ def get_config() -> ConfigDict:
   c.image_sizes = IMAGE_SIZES
   c.batch_size = 24
   c.epochs = 10
+  c.loader.workers = 24  # Published for each GPU; here of a process.
   c.optimizer.lr, c.optimizer.min_lr = 5e-5, 1e-6
   c.optimizer.warmup_epochs = 0.5
   c.datasets = base.published_datasets(
@@ -51,6 +59,7 @@ def get_config() -> ConfigDict:
       "spring": 6_000,
       "mvs_synth": 1_000,
       "point_odyssey": 8_000,
-    }
+    },
+    allow_repeat=False,
   )
   return c

@@ -30,13 +30,19 @@ class Stage(NamedTuple):
   samples: int
   steps: int  # In an epoch.
   checkpoint: float  # Every so many epochs.
+  repeat: bool  # Frames of short scenes.
+  workers: int
 
 
 STAGES = {
-  "stage1_224": Stage(5, 16, 100, 5, (5e-5, 1e-6), 100_000, 781, 1),
-  "stage2_512": Stage(5, 3, 10, 0.5, (5e-5, 1e-6), 118_000, 4916, 0.1),
-  "stage3_long": Stage(8, 1, 10, 0.5, (1e-5, 1e-6), 16_900, 2112, 0.1),
-  "finetune": Stage(8, 1, 10, 0.5, (1e-6, 1e-7), 26_000, 3250, 0.1),
+  "stage1_224": Stage(5, 16, 100, 5, (5e-5, 1e-6), 100_000, 781, 1, False, 24),
+  "stage2_512": Stage(
+    5, 3, 10, 0.5, (5e-5, 1e-6), 118_000, 4916, 0.1, False, 24
+  ),
+  "stage3_long": Stage(
+    8, 1, 10, 0.5, (1e-5, 1e-6), 16_900, 2112, 0.1, True, 24
+  ),
+  "finetune": Stage(8, 1, 10, 0.5, (1e-6, 1e-7), 26_000, 3250, 0.1, True, 16),
 }
 TINY = {"pairs": 2, "views": 5, "long": 12}  # Views of its stages.
 LATER = ("stage2_512", "stage3_long", "finetune")
@@ -91,10 +97,11 @@ def test_stages_have_the_published_numbers(name):
   assert config.image_sizes == tuple((height, width) for width, height in sizes)
 
   column = list(STAGES).index(name)
+  options = {"allow_repeat": stage.repeat, "aug_crop": 16, "color_jitter": True}
   assert [
-    (dataset, options.to_dict()) for dataset, options in config.datasets.items()
+    (dataset, fields.to_dict()) for dataset, fields in config.datasets.items()
   ] == [
-    (dataset, {"samples": row[column], "folder": row[-1]})
+    (dataset, {"samples": row[column], "folder": row[-1], **options})
     for dataset, row in DATASETS.items()
     if row[column]
   ]
@@ -104,6 +111,7 @@ def test_stages_have_the_published_numbers(name):
   assert config.checkpoint.every_epochs == stage.checkpoint
   assert config.checkpoint.keep_every_epochs == 1
   assert config.log.every == 20
+  assert config.loader.workers == stage.workers
 
 
 @pytest.mark.parametrize("name", STAGES)
