@@ -90,7 +90,7 @@ def _check_capacity(config: ConfigDict, model: ModelConfig) -> None:
     tokens = math.prod(model.grid(tuple(size)))
     if 0 < capacity < tokens:
       raise ConfigError(
-        f"config.rollout.capacity is {capacity}; one frame of "
+        f"rollout.capacity is {capacity}; one frame of "
         f"{size[0]}x{size[1]} leaves {tokens} pointers (0: room for all)"
       )
 
@@ -101,7 +101,7 @@ def _steps_per_epoch(config: ConfigDict) -> int:
     count = dataset.get("samples")
     if not isinstance(count, int) or count < 1:
       raise ConfigError(
-        f"config.datasets.{name}.samples is {count}; it must say how many "
+        f"datasets.{name}.samples is {count}; it must say how many "
         "samples of it an epoch takes"
       )
   samples = sum(dataset.samples for dataset in config.datasets.values())
