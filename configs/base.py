@@ -39,6 +39,10 @@ def get_config() -> ConfigDict:
   # loader; `synthetic` is the only dataset then.
   c.render_on_devices = False
 
+  # How many records, the next ones of a dataset, may be tried in the place of
+  # one that cannot be read, with a warning. 0: the run ends.
+  c.replace_unreadable = 0
+
   # The loader: worker processes (0: this one's threads), threads in each,
   # batches made ahead by each.
   c.loader = ConfigDict()

@@ -181,6 +181,7 @@ def make_mixture(config: ConfigDict) -> Mixture:
     batch_size=config.batch_size,
     epochs=config.epochs,
     seed=config.seed,
+    replace_unreadable=config.replace_unreadable,
   )
 
 
