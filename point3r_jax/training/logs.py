@@ -21,6 +21,7 @@ from tensorboardX import RecordWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from point3r_jax.errors import InputError
 from point3r_jax.files import atomic_file
 
 _logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ def _keep_until(path: pathlib.Path, last_step: int) -> None:
   """Drops the rows of later steps, and a last line that was cut off.
 
   Raises:
-    ValueError: if any other line is not a row of metrics.
+    InputError: if any other line is not a row of metrics.
   """
   if not path.exists():
     return
@@ -106,7 +107,7 @@ def _keep_until(path: pathlib.Path, last_step: int) -> None:
     except (ValueError, KeyError, TypeError) as error:
       if number == len(lines):
         break
-      raise ValueError(
+      raise InputError(
         f"{path}, line {number} is not a row of metrics: {line[:80]!r}; "
         "repair the file or move it away"
       ) from error
@@ -154,7 +155,7 @@ class MetricLog:
         the first.
 
     Raises:
-      ValueError: if there is a metrics.jsonl that holds something else.
+      InputError: if there is a metrics.jsonl that holds something else.
     """
     self._active = active
     if not active:

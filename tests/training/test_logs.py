@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from point3r_jax.errors import InputError
 from point3r_jax.training import logs
 from point3r_jax.training.logs import Meter, MetricLog, format_line
 
@@ -125,7 +126,7 @@ def test_a_whole_last_row_without_line_end_is_kept(tmp_path):
 def test_a_file_of_something_else_is_left_alone(tmp_path):
   path = tmp_path / "metrics.jsonl"
   path.write_text('{"step": 1}\nnotes\n{"step": 2}\n')
-  with pytest.raises(ValueError, match=r"line 2 is not a row .*'notes'"):
+  with pytest.raises(InputError, match=r"line 2 is not a row .*'notes'"):
     MetricLog(tmp_path, start_step=1)
   assert path.read_text() == '{"step": 1}\nnotes\n{"step": 2}\n'
 
