@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 import absl.logging
 import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from point3r_jax.cli.common import INTERRUPTED, run
+from point3r_jax.cli.common import INTERRUPTED, end, run
 from point3r_jax.errors import InputError
 
 # Exit code of a run that cannot go on; restarting it will not help.
@@ -156,7 +158,38 @@ def _main(arguments: Sequence[str]) -> None:
   absl.logging.set_verbosity(absl.logging.WARNING)
   logging.basicConfig(format="%(asctime)s %(message)s", force=True)
   logging.getLogger("point3r_jax").setLevel(logging.INFO)
-  sys.exit(run(lambda: _program(arguments[1:])))
+  agreed = False
+
+  def program() -> int:
+    nonlocal agreed
+    code = _program(arguments[1:])
+    agreed = True
+    return code
+
+  try:
+    code = run(program)
+  except Exception:
+    if not jax.distributed.is_initialized():
+      raise
+    traceback.print_exc()
+    code = 1
+  if jax.distributed.is_initialized():
+    if not agreed:
+      _leave(code)
+    jax.distributed.shutdown()
+  end(code)
+
+
+def _leave(code: int) -> NoReturn:
+  """Ends one of several processes, which the others do not expect.
+
+  They wait for it in the next step, and JAX would let it wait for them. Once it
+  is gone, they end for the lost connection.
+  """
+  logging.shutdown()
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
 
 
 def _first(error: BaseException) -> BaseException:

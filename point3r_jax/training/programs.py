@@ -187,8 +187,8 @@ class Programs:
     return shape in self._programs and self._programs[shape].done()
 
   def close(self) -> None:
-    """Gives up what was not begun, and waits for what was."""
-    self._executor.shutdown(cancel_futures=True)
+    """Gives up what was not begun; what was goes on, and nobody waits."""
+    self._executor.shutdown(wait=False, cancel_futures=True)
 
   def __enter__(self) -> Programs:
     """Returns itself."""
@@ -208,6 +208,11 @@ def make_predict(
   """
 
   def predict(params, batch):
+    # Python is here only when it is compiled.
+    _log.info(
+      "compiling the panel's predictions for %d views of %dx%d",
+      *batch["depth"].shape[1:],
+    )
     _, (_, prediction) = sequence_loss(experiment.step, params, batch)
     return prediction
 
