@@ -1,7 +1,8 @@
 """Batches on the devices: read by a loader, or rendered where they are used.
 
 A feed is an iterator of `Batch`, from the step on that a run has reached. Both
-feeds take the samples that the mixture puts at a step's positions.
+feeds take the samples that a mixture puts at a step's positions; a loader reads
+any other dataset as well.
 """
 
 from __future__ import annotations
@@ -17,17 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from point3r_jax.data.loader import open_loader
+from point3r_jax.data.loader import Loader, open_loader
 from point3r_jax.data.mixture import Mixture
+from point3r_jax.data.record import Record
 from point3r_jax.data.synthetic.render import Options
 from point3r_jax.data.synthetic.source import Recipe, SyntheticSource, render
-from point3r_jax.errors import InputError
+from point3r_jax.errors import InputError, UserError
 from point3r_jax.training.experiment import Experiment
 from point3r_jax.training.sharding import AXES, batch_sharding
 from point3r_jax.training.step import FLAGS
 
 # Fields of a record that say which one it is; the step has no use for them.
 _IDENTITY = ("source", "index")
+# In what grain raises when a process of its was killed.
+_WORKER_DIED = "Worker process was terminated"
 
 
 class Batch(NamedTuple):
@@ -43,10 +47,16 @@ class Batch(NamedTuple):
   samples: str
 
 
-def _name(mixture: Mixture, sources, indices) -> str:
+def _name(samples: Mixture | grain.MapDataset, sources, indices) -> str:
   """Says which records a process's batch is made of."""
+
+  def name(source):
+    if isinstance(samples, Mixture):
+      return samples.parts[source][0].name
+    return f"dataset {source} record"
+
   return ", ".join(
-    f"{mixture.parts[source][0].name} {index}"
+    f"{name(source)} {index}"
     for source, index in zip(sources, indices, strict=True)
   )
 
@@ -59,28 +69,53 @@ def _upload(experiment: Experiment, tree):
   )
 
 
+def _read_records(loader: Loader) -> Iterator[Record]:
+  """Yields a loader's batches.
+
+  Raises:
+    UserError: one of its processes was killed.
+  """
+  try:
+    yield from loader
+  except RuntimeError as error:
+    if _WORKER_DIED not in str(error):
+      raise
+    raise UserError(
+      "a process of the loader was killed, perhaps for lack of memory or of "
+      "room in /dev/shm; lower config.loader.workers or config.loader.prefetch"
+    ) from error
+
+
 @contextlib.contextmanager
 def _read(
-  experiment: Experiment, mixture: Mixture, first: int
+  experiment: Experiment, samples: Mixture | grain.MapDataset, first: int
 ) -> Iterator[Iterator[Batch]]:
   """Yields the feed of what a loader reads."""
   config = experiment.config
+  if isinstance(samples, Mixture):
+    dataset = grain.MapDataset.source(samples)
+  else:
+    dataset = samples
 
   def batches(loader):
-    for record in loader:
-      samples = _name(mixture, record["source"], record["index"])
+    for record in _read_records(loader):
+      names = _name(samples, record["source"], record["index"])
       arrays = {k: x for k, x in record.items() if k not in _IDENTITY}
-      yield Batch(_upload(experiment, arrays), samples)
+      yield Batch(_upload(experiment, arrays), names)
 
-  with open_loader(
-    grain.MapDataset.source(mixture),
-    batch_size=config.batch_size,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-    start_step=first,
-    **config.loader.to_dict(),
-  ) as loader:
-    yield batches(loader)
+  with (
+    open_loader(
+      dataset,
+      batch_size=config.batch_size,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      start_step=first,
+      **config.loader.to_dict(),
+    ) as loader,
+    # It holds a batch, whose shared memory the loader's end is to free.
+    contextlib.closing(batches(loader)) as feed,
+  ):
+    yield feed
 
 
 @functools.partial(jax.jit, static_argnames=("views", "image_size", "options"))
@@ -114,13 +149,18 @@ def render_batch(
 
 
 def _render(
-  experiment: Experiment, mixture: Mixture, first: int
+  experiment: Experiment, mixture: Mixture | grain.MapDataset, first: int
 ) -> Iterator[Batch]:
   """Yields batches that the devices render.
 
   Raises:
-    InputError: the mixture is not of made-up scenes alone.
+    InputError: the samples are not of made-up scenes alone.
   """
+  if not isinstance(mixture, Mixture):
+    raise InputError(
+      "config.render_on_devices is for the dataset `synthetic`; set it to "
+      "False for one of your own"
+    )
   sources = [source for source, _ in mixture.parts]
   if len(sources) != 1 or not isinstance(sources[0], SyntheticSource):
     raise InputError(
@@ -145,7 +185,7 @@ def _render(
 
 
 def open_feed(
-  experiment: Experiment, mixture: Mixture, first: int
+  experiment: Experiment, samples: Mixture | grain.MapDataset, first: int
 ) -> contextlib.AbstractContextManager[Iterator[Batch]]:
   """Opens the feed that the config asks for.
 
@@ -153,12 +193,12 @@ def open_feed(
 
   Args:
     experiment: the run.
-    mixture: its samples.
+    samples: its samples, in order.
     first: the step to begin with, from 0.
 
   Returns:
     A context manager of an iterator of batches, one a step.
   """
   if experiment.config.render_on_devices:
-    return contextlib.nullcontext(_render(experiment, mixture, first))
-  return _read(experiment, mixture, first)
+    return contextlib.nullcontext(_render(experiment, samples, first))
+  return _read(experiment, samples, first)

@@ -1,5 +1,7 @@
 """Batches that devices render are those that the loader reads."""
 
+import multiprocessing
+
 import chex
 import jax
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from point3r_jax.config import PRESETS
 from point3r_jax.data.mixture import Mixture
-from point3r_jax.errors import InputError
+from point3r_jax.errors import InputError, UserError
 from point3r_jax.training.experiment import make_mixture, open_experiment
 from point3r_jax.training.feed import open_feed
 from point3r_jax.training.programs import batch_shapes
@@ -76,3 +78,18 @@ def test_only_made_up_scenes_are_rendered():
     open_feed(run, mixture, 0) as feed,
   ):
     next(feed)
+
+
+def test_a_killed_process_of_the_loader_is_one_line():
+  run = experiment(**{"loader.workers": 1, "loader.prefetch": 1})
+  before = set(multiprocessing.active_children())
+  with (
+    jax.set_mesh(run.mesh),
+    open_feed(run, make_mixture(run.config), 0) as feed,
+  ):
+    next(feed)
+    for process in set(multiprocessing.active_children()) - before:
+      process.kill()
+    with pytest.raises(UserError, match="loader was killed"):
+      for _ in feed:
+        pass
