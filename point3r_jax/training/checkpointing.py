@@ -14,6 +14,7 @@ here together.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,9 @@ from typing import Any
 
 import flax.traverse_util
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from point3r_jax.array_files import (
@@ -44,6 +47,7 @@ from point3r_jax.checkpoints import (
 )
 from point3r_jax.config import ModelConfig
 from point3r_jax.differences import differences
+from point3r_jax.errors import InputError
 from point3r_jax.training.state import TrainState
 from point3r_jax.versions import installed_versions
 
@@ -124,6 +128,11 @@ class Checkpoints:
     Steps are counted in batches seen.
     """
     return self._manager.latest_step()
+
+  @property
+  def steps(self) -> list[int]:
+    """All steps that are saved, or being saved, in order."""
+    return sorted(self._manager.all_steps())
 
   def save(self, state: TrainState, meta: Mapping[str, Any]) -> bool:
     """Starts to write a checkpoint; the state may be donated afterwards.
@@ -242,6 +251,33 @@ def check_resume(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
       "the data are not those that this run was started with: "
       f"{'; '.join(changed)}. Go on with the former ones, or {_START_ANEW}"
     )
+
+
+def check_agreement(facts: Mapping[str, Any]) -> None:
+  """Checks that all processes of a run were given the same.
+
+  Args:
+    facts: JSON-friendly; all processes call this together.
+
+  Raises:
+    InputError: in all processes, with what differs.
+  """
+  if jax.process_count() == 1:
+    return
+  text = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+  longest = multihost_utils.process_allgather(np.int32(len(text))).max()
+  padded = np.pad(
+    text, (0, longest - len(text)), constant_values=np.uint8(ord(" "))
+  )
+  first, *others = map(
+    json.loads, map(bytes, multihost_utils.process_allgather(padded))
+  )
+  for process, other in enumerate(others, start=1):
+    if changed := list(differences(first, other)):
+      raise InputError(
+        "all processes need the same config and data, but from process 0 to "
+        f"process {process}, {'; '.join(changed)}"
+      )
 
 
 def _check_workdir(workdir: pathlib.Path, model: ModelConfig) -> None:

@@ -11,22 +11,29 @@ import os
 import pathlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from point3r_jax.data.mixture import Mixture
 from point3r_jax.differences import differences
+from point3r_jax.errors import InputError
 from point3r_jax.folder_lock import lock_folder
-from point3r_jax.training.checkpointing import Checkpoints, check_resume
+from point3r_jax.training.checkpointing import (
+  Checkpoints,
+  check_agreement,
+  check_resume,
+)
 from point3r_jax.training.experiment import (
   Experiment,
   dataset_options,
   make_mixture,
 )
-from point3r_jax.training.feed import open_feed
+from point3r_jax.training.feed import Batch, open_feed
 from point3r_jax.training.initialization import initial_params
 from point3r_jax.training.logs import (
   Meter,
@@ -45,6 +52,9 @@ from point3r_jax.training.state import TrainState
 
 # Steps that may be on their way before their metrics are looked at.
 _IN_FLIGHT = 2
+# What of a config may differ between processes: where data are, how they are
+# read.
+_OWN_TO_A_PROCESS = ("data_root", "loader")
 # Beginnings of the names of metrics that are averaged over a log interval.
 _AVERAGED = ("loss", "error", "grad_norm", "pointers")
 
@@ -82,8 +92,10 @@ class _Pending(NamedTuple):
 class _Watch:
   """Reads metrics some steps late, and stops a run that is not finite."""
 
-  def __init__(self, max_streak: int):
+  def __init__(self, max_streak: int, checkpoints: Checkpoints):
     self._max_streak = max_streak
+    self._checkpoints = checkpoints
+    self.streak = 0  # How many of the last steps looked at were skipped.
     self._pending = collections.deque()
     self._skipped = collections.deque(maxlen=max_streak)
     self._interval = []  # Metrics of the steps since `read`.
@@ -123,7 +135,8 @@ class _Watch:
       for name, value in jax.device_get(pending.metrics).items()
     }
     self._interval.append(metrics)
-    if not metrics["streak"]:
+    self.streak = int(metrics["streak"])
+    if not self.streak:
       return
     self._skipped.append(f"step {pending.step}: {pending.samples}")
     _log.warning(
@@ -133,12 +146,25 @@ class _Watch:
       metrics["grad_norm"],
       pending.samples,
     )
-    if metrics["streak"] >= self._max_streak:
+    if self.streak >= self._max_streak:
       raise TrainingError(
         f"the loss or its gradient was not finite {self._max_streak} times in "
         f"a row; the last batches were: {'; '.join(self._skipped)}. Look at "
-        "these samples, or lower the learning rate"
+        f"these samples, or lower the learning rate; {self._last_good()}"
       )
+
+  def _last_good(self) -> str:
+    """Says which checkpoints are from before the streak."""
+    *before, last = self._checkpoints.steps or [None]
+    if last is None:
+      return "there is no checkpoint yet"
+    words = f"the last checkpoint, of step {last}, is from before them"
+    if before:  # The update before it may be what broke the parameters.
+      words += (
+        f"; should it fail in the same way, delete it to go on from step "
+        f"{before[-1]}"
+      )
+    return words
 
 
 @contextlib.contextmanager
@@ -175,23 +201,33 @@ def _stop_on_signals() -> Iterator[threading.Event]:
 class _Profile:
   """A trace of some steps, into WORKDIR/profile; ends with the run at last."""
 
-  def __init__(self, workdir: pathlib.Path, steps: tuple[int, int] | None):
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    steps: tuple[int, int] | None,
+    watch: _Watch,
+    meter: Meter,
+  ):
     self._directory = workdir / "profile"
     self._steps = range(steps[0], steps[1] + 1) if steps else range(0)
+    self._watch = watch
+    self._meter = meter
     self._active = False
 
-  def before(self, step: int, watch: _Watch) -> None:
+  def before(self, step: int) -> None:
     """Starts the trace before its first step."""
     if step in self._steps and not self._active:
-      watch.drain()
-      jax.profiler.start_trace(self._directory)
+      self._watch.drain()
+      with self._meter.paused():
+        jax.profiler.start_trace(self._directory)
       self._active = True
 
-  def after(self, step: int, watch: _Watch) -> None:
+  def after(self, step: int) -> None:
     """Ends the trace after its last step."""
     if self._active and step + 1 not in self._steps:
-      watch.drain()
-      self.close()
+      self._watch.drain()
+      with self._meter.paused():
+        self.close()
 
   def close(self) -> None:
     """Ends the trace if it is on."""
@@ -218,7 +254,10 @@ def _start(
     _log.info("resumed at step %d", int(state.step))
     for change in differences(before["config"], meta["config"]):
       _log.info("changed since that step: %s", change)
-    return state
+    # Of a run that ended among skipped steps and now is to be longer.
+    return state.replace(
+      streak=jnp.zeros_like(state.streak, device=state.streak.sharding)
+    )
   config = experiment.config
   params, notes = initial_params(
     experiment.step.model, config.init_from, config.seed
@@ -258,7 +297,186 @@ def _panel(params, predict, batch: dict[str, jax.Array]) -> np.ndarray | None:
   )
 
 
-def train(experiment: Experiment, options: RunOptions) -> TrainState:
+@dataclasses.dataclass(frozen=True)
+class _Run:
+  """A run under way.
+
+  Attributes:
+    experiment: what is trained.
+    meta: what is saved with each checkpoint.
+    last: the step to stop after.
+    checkpoints, feed, log, programs, profile, meter, watch: its parts.
+    stop: set when the run is to end early.
+  """
+
+  experiment: Experiment
+  meta: dict[str, Any]
+  last: int
+  checkpoints: Checkpoints
+  feed: Iterator[Batch]
+  log: MetricLog
+  programs: Programs
+  profile: _Profile
+  meter: Meter
+  watch: _Watch
+  stop: threading.Event
+
+  def go(self, state: TrainState) -> TrainState:
+    """Trains on from a state; returns the last one, which is saved."""
+    step, config = int(state.step), self.experiment.config
+    predict = make_predict(self.experiment)
+    stopping = False
+    while step < self.last and not stopping:
+      batch, samples = self._next_batch(state)
+      if not self._compiled(batch):
+        stopping = True
+        break
+      step += 1
+      self.profile.before(step)
+      with jax.transfer_guard("disallow"):
+        state, metrics = self.programs.step(state, batch)
+      self.watch.add(_Pending(step, samples, metrics))
+      self.meter.step(config.batch_size * batch["depth"].shape[1])
+      self.profile.after(step)
+
+      if step % config.log.every == 0 or step == self.last:
+        self._report(step)
+      if config.log.panel_every and step % config.log.panel_every == 0:
+        self.watch.drain()
+        with self.meter.paused():
+          panel = _panel(state.params, predict, batch)
+          if panel is not None:
+            self.log.write_image(step, "train", panel)
+      stopping = self.checkpoints.reached_preemption(step) or self.stop.is_set()
+      if self._is_due(step):
+        self._save(state)
+    self._save(state)
+    if stopping:
+      _log.info("stopped at step %d of %d", step, self.experiment.total_steps)
+    self.checkpoints.wait()
+    return state
+
+  def _next_batch(self, state: TrainState) -> Batch:
+    """Returns the next batch; if there is none to be had, saves the state.
+
+    Several processes would have to agree to save: they do not, for the others
+    are in the next step already.
+    """
+    try:
+      with self.meter.waiting():
+        return next(self.feed)
+    except Exception:
+      if jax.process_count() == 1:
+        self._save(state)
+      raise
+
+  def _compiled(self, batch: dict[str, jax.Array]) -> bool:
+    """Waits for the batch's program; False if the run is to stop before.
+
+    Compilation takes longer than there may be time.
+    """
+    shape = batch["depth"].shape[1:]
+    if self.programs.is_ready(shape):
+      return True
+    self.watch.drain()
+    with self.meter.paused():
+      self.programs.wait_unless(self.stop, shape)
+    return not self.stop.is_set()
+
+  def _report(self, step: int) -> None:
+    """Logs the metrics since it was last called."""
+    values = self.watch.read() | self.meter.read()
+    values["epoch"] = step / self.experiment.step.steps_per_epoch
+    memory = device_memory_gib()
+    if memory is not None:
+      values["memory_gib"] = memory
+    self.log.write(step, values)
+    _log.info(format_line(step, self.experiment.total_steps, values))
+
+  def _is_due(self, step: int) -> bool:
+    """Returns whether the config asks for a checkpoint of this step."""
+    checkpoint = self.experiment.config.checkpoint
+    epochs = (checkpoint.every_epochs, checkpoint.keep_every_epochs)
+    steps = map(self.experiment.steps_of, epochs)
+    return any(step % n == 0 for n in steps if n)
+
+  def _save(self, state: TrainState) -> None:
+    """Saves a state that is not saved yet, unless its last step was skipped.
+
+    Of a run that diverges it would take the place of one that is of use; and
+    skipped steps change nothing but counts, so a run stopped among them can
+    repeat them. A complete run is saved in any case: it is not repeated.
+    """
+    self.watch.drain()
+    step = int(state.step)
+    if step == (self.checkpoints.latest_step or 0):
+      return
+    if self.watch.streak and step < self.experiment.total_steps:
+      _log.warning(
+        "no checkpoint of step %d: it is the last of %d skipped ones",
+        step,
+        self.watch.streak,
+      )
+      return
+    with self.meter.paused():
+      self.checkpoints.save(state, self.meta)
+
+
+def _own_samples(
+  experiment: Experiment, dataset: grain.MapDataset, fingerprint: Any
+) -> dict[str, Any]:
+  """Returns what identifies a caller's dataset.
+
+  Raises:
+    InputError: it does not suit the run.
+  """
+  config = experiment.config
+  if fingerprint is None:
+    raise InputError(
+      "a dataset needs a fingerprint: JSON-friendly facts that change when its "
+      "samples or their order do"
+    )
+  wanted = experiment.total_steps * config.batch_size
+  if len(dataset) < wanted:
+    raise InputError(
+      f"the dataset has {len(dataset)} samples, but the config's epochs take "
+      f"{wanted}; use its repeat(), or lower config.epochs"
+    )
+  return {"fingerprint": fingerprint, "batch_size": config.batch_size}
+
+
+def _facts(experiment: Experiment, data: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns what is saved with each checkpoint.
+
+  Args:
+    experiment: the run.
+    data: what identifies its samples.
+  """
+  config = experiment.config
+  return {
+    "config": json.loads(config.to_json_best_effort()),
+    "data": {**data, "accumulate": config.optimizer.accumulate},
+  }
+
+
+def _check_processes(meta: dict[str, Any], options: RunOptions) -> None:
+  """Raises InputError unless all processes train the same, and as far."""
+  config = {
+    name: value
+    for name, value in meta["config"].items()
+    if name not in _OWN_TO_A_PROCESS
+  }
+  check_agreement(
+    {"config": config, "data": meta["data"], "max_steps": options.max_steps}
+  )
+
+
+def train(
+  experiment: Experiment,
+  options: RunOptions,
+  dataset: grain.MapDataset | None = None,
+  fingerprint: Any = None,
+) -> TrainState:
   """Trains to the end of the config's epochs, or until it is interrupted.
 
   A run that was interrupted, in whatever way, and is started again with the
@@ -268,29 +486,33 @@ def train(experiment: Experiment, options: RunOptions) -> TrainState:
   Args:
     experiment: what to train.
     options: where, and how far.
+    dataset: records (see `data.record`) in the order of the run, each a
+      function of its position alone; those of a batch must have one shape. Of
+      the config's `datasets`, only the number of samples counts then: it says
+      how long an epoch is. None: a mixture of the config's datasets.
+    fingerprint: of `dataset`: JSON-friendly facts that change when its samples
+      or their order do. A run is resumed only with an equal one.
 
   Returns:
     The last state.
 
   Raises:
-    InputError: datasets that are missing, or values that do not go together.
+    InputError: datasets that are missing, a record that cannot be read (what
+      was done is saved then), or values that do not go together.
     CheckpointError: a workdir of another run.
     TrainingError: the loss was not finite too many times in a row.
   """
-  config, mesh = experiment.config, experiment.mesh
-  mixture = make_mixture(config)
-  meta = {
-    "config": json.loads(config.to_json_best_effort()),
-    "data": mixture.fingerprint()
-    | {
-      "options": dataset_options(config),
-      "accumulate": config.optimizer.accumulate,
-    },
-  }
+  config = experiment.config
+  if dataset is None:
+    samples = make_mixture(config)
+    data = samples.fingerprint() | {"options": dataset_options(config)}
+  else:
+    samples = dataset
+    data = _own_samples(experiment, dataset, fingerprint)
+  meta = _facts(experiment, data)
+  _check_processes(meta, options)
   total = experiment.total_steps
   last = min(total, options.max_steps or total)
-  every = experiment.steps_of(config.checkpoint.every_epochs)
-  keep_every = experiment.steps_of(config.checkpoint.keep_every_epochs)
   workdir = pathlib.Path(options.workdir)
 
   with contextlib.ExitStack() as stack:
@@ -302,7 +524,7 @@ def train(experiment: Experiment, options: RunOptions) -> TrainState:
         experiment.step.model,
         metadata={"config": meta["config"]},
         keep_last=config.checkpoint.keep_last,
-        keep_every=keep_every,
+        keep_every=experiment.steps_of(config.checkpoint.keep_every_epochs),
       )
     )
     state = _start(experiment, checkpoints, meta)
@@ -310,64 +532,29 @@ def train(experiment: Experiment, options: RunOptions) -> TrainState:
     if step >= last:
       _log.info("nothing to do: step %d of %d is done already", step, last)
       return state
-    feed = stack.enter_context(open_feed(experiment, mixture, step))
+    stop = stack.enter_context(_stop_on_signals())
+    feed = stack.enter_context(open_feed(experiment, samples, step))
     log = stack.enter_context(
       MetricLog(workdir, start_step=step, active=jax.process_index() == 0)
     )
-    programs = stack.enter_context(
-      Programs(experiment, _shapes_ahead(mixture, step, total))
-    )
-    predict = make_predict(experiment)
-    stop = stack.enter_context(_stop_on_signals())
-    stack.enter_context(jax.set_mesh(mesh))
-    meter, watch = Meter(), _Watch(config.max_streak)
+    ahead = _shapes_ahead(samples, step, total) if dataset is None else []
+    programs = stack.enter_context(Programs(experiment, ahead))
+    stack.enter_context(jax.set_mesh(experiment.mesh))
+    meter, watch = Meter(), _Watch(config.max_streak, checkpoints)
     profile = stack.enter_context(
-      contextlib.closing(_Profile(workdir, options.profile))
+      contextlib.closing(_Profile(workdir, options.profile, watch, meter))
     )
-
-    stopping = False
-    while step < last and not stopping:
-      with meter.waiting():
-        batch, samples = next(feed)
-      shape = batch["depth"].shape[1:]
-      if not programs.is_ready(shape):
-        watch.drain()
-        with meter.paused():
-          programs.wait_unless(stop, shape)
-        stopping = stop.is_set()
-        if stopping:  # Compilation takes longer than there may be time.
-          break
-      step += 1
-      profile.before(step, watch)
-      with jax.transfer_guard("disallow"):
-        state, metrics = programs.step(state, batch)
-      watch.add(_Pending(step, samples, metrics))
-      meter.step(config.batch_size * batch["depth"].shape[1])
-      profile.after(step, watch)
-
-      if step % config.log.every == 0 or step == last:
-        values = watch.read() | meter.read()
-        values["epoch"] = step / experiment.step.steps_per_epoch
-        memory = device_memory_gib()
-        if memory is not None:
-          values["memory_gib"] = memory
-        log.write(step, values)
-        _log.info(format_line(step, total, values))
-      if config.log.panel_every and step % config.log.panel_every == 0:
-        watch.drain()
-        with meter.paused():
-          panel = _panel(state.params, predict, batch)
-          if panel is not None:
-            log.write_image(step, "train", panel)
-      stopping = checkpoints.reached_preemption(step) or stop.is_set()
-      if any(step % n == 0 for n in (every, keep_every) if n):
-        watch.drain()
-        with meter.paused():
-          checkpoints.save(state, meta)
-    watch.drain()
-    if step != (checkpoints.latest_step or 0):
-      checkpoints.save(state, meta)
-    if stopping:
-      _log.info("stopped at step %d of %d", step, total)
-    checkpoints.wait()
-  return state
+    run = _Run(
+      experiment=experiment,
+      meta=meta,
+      last=last,
+      checkpoints=checkpoints,
+      feed=feed,
+      log=log,
+      programs=programs,
+      profile=profile,
+      meter=meter,
+      watch=watch,
+      stop=stop,
+    )
+    return run.go(state)

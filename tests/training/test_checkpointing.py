@@ -242,6 +242,8 @@ def test_what_is_kept(tmp_path):
   with Checkpoints(tmp_path, micro.CONFIG, keep_last=2, keep_every=3) as run:
     for step in range(1, 7):
       run.save(state.replace(step=state.step + step), META)
+    run.wait()
+    assert run.steps == [3, 5, 6]
   assert steps(tmp_path) == ["3", "5", "6"]
 
 

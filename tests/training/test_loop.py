@@ -11,19 +11,22 @@ import subprocess
 import sys
 
 import chex
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 import point3r_jax as p3r
 from point3r_jax.checkpoints import CheckpointError
 from point3r_jax.config import PRESETS
+from point3r_jax.data.synthetic.source import SyntheticSource
 from point3r_jax.errors import InputError
 from point3r_jax.folder_lock import lock_folder
 from point3r_jax.params import stack_layers
 from point3r_jax.training import loop, programs
-from point3r_jax.training.experiment import open_experiment
+from point3r_jax.training.experiment import make_mixture, open_experiment
 from point3r_jax.training.logs import MetricLog
 from point3r_jax.training.loop import RunOptions, TrainingError, train
 from point3r_jax.training.programs import Programs
@@ -76,6 +79,28 @@ def start(workdir, *flags, devices: int = 1, **environment) -> subprocess.Popen:
   )
 
 
+def start_two(workdir, *flags: list[str]) -> list[subprocess.Popen]:
+  """Starts two processes that train together, each with flags of its own."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    coordinator = f"localhost:{free.getsockname()[1]}"
+  return [
+    start(
+      workdir,
+      "--config.mesh.fsdp=2",
+      f"--coordinator={coordinator}",
+      "--processes=2",
+      f"--process={process}",
+      *own,
+    )
+    for process, own in enumerate(flags)
+  ]
+
+
+def checkpoint_steps(workdir) -> set[int]:
+  return {int(path.name) for path in (workdir / "checkpoints").iterdir()}
+
+
 def losses(workdir) -> list[float]:
   lines = (workdir / "metrics.jsonl").read_text().splitlines()
   rows = [json.loads(line) for line in lines]
@@ -95,8 +120,7 @@ def test_a_run_writes_what_others_read(straight):
   state, workdir = straight
   assert int(state.step) == STEPS
   assert len(losses(workdir)) == STEPS
-  steps = {int(path.name) for path in (workdir / "checkpoints").iterdir()}
-  assert steps == {4, 6}
+  assert checkpoint_steps(workdir) == {4, 6}
   config, params = p3r.load_checkpoint(workdir)
   assert config == micro.CONFIG
   _, average = p3r.load_checkpoint(workdir, ema=True)
@@ -159,6 +183,19 @@ def test_a_signal_during_compilation_saves_what_is_done(
   assert losses(tmp_path) == losses(straight[1])
 
 
+def test_a_signal_ends_the_process_while_it_compiles(tmp_path):
+  with start(tmp_path) as process:
+    output = ""
+    while "compiling the step" not in output:
+      line = process.stdout.readline()
+      assert line, output
+      output += line
+    process.terminate()
+    output += process.communicate(timeout=60)[0]
+  assert process.returncode == 130, output
+  assert "stopped at step 0 of 6" in output and "compiled" not in output
+
+
 def test_max_steps_ends_a_run_and_a_second_run_waits(straight, tmp_path):
   with lock_folder(tmp_path), pytest.raises(InputError, match="is in use by"):
     train(experiment(), RunOptions(tmp_path))
@@ -178,22 +215,28 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(straight, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(straight, tmp_path):
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    coordinator = f"localhost:{free.getsockname()[1]}"
-  processes = [
-    start(
-      tmp_path,
-      "--config.mesh.fsdp=2",
-      f"--coordinator={coordinator}",
-      "--processes=2",
-      f"--process={process}",
-    )
-    for process in range(2)
-  ]
+  processes = start_two(tmp_path, [], [])
   outputs = [process.communicate(timeout=300)[0] for process in processes]
   assert [p.returncode for p in processes] == [0, 0], "\n".join(outputs)
   np.testing.assert_allclose(losses(tmp_path), losses(straight[1]), rtol=1e-5)
+
+
+def test_processes_that_would_train_something_else_end_with_a_line(tmp_path):
+  processes = start_two(tmp_path, [], ["--config.seed=1"])
+  outputs = [process.communicate(timeout=60)[0] for process in processes]
+  assert [p.returncode for p in processes] == [2, 2], "\n".join(outputs)
+  for output in outputs:
+    assert "process 0 to process 1, config.seed was 0 and is 1" in output
+    assert "Traceback" not in output
+
+
+def test_an_error_in_one_process_ends_the_others(tmp_path):
+  with lock_folder(tmp_path):  # Only process 0 locks it.
+    processes = start_two(tmp_path, [], [])
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+  assert processes[0].returncode == 2, outputs[0]
+  assert "is in use by" in outputs[0] and "Traceback" not in outputs[0]
+  assert processes[1].returncode != 0
 
 
 @pytest.fixture(scope="module")
@@ -285,6 +328,108 @@ def test_a_run_stops_when_nothing_is_finite_any_more(
       return state, dict(zip(names, jax.device_put(values), strict=True))
 
   monkeypatch.setattr(loop, "Programs", Diverged)
-  with pytest.raises(TrainingError, match=r"3 times in a row.*synthetic \d+"):
+  with pytest.raises(
+    TrainingError, match=r"3 times in a row.*synthetic \d+.*no checkpoint yet"
+  ):
     train(experiment(max_streak=3), RunOptions(tmp_path))
   assert "step 1 skipped: its loss is nan" in caplog.text
+
+
+class Poisoned(Programs):
+  """Steps whose losses are not finite from some on."""
+
+  first = 4
+
+  def step(self, state, batch):
+    self.taken = getattr(self, "taken", 0) + 1
+    if self.taken >= self.first:
+      with jax.transfer_guard("allow"):
+        batch = batch | {"camera_to_world": batch["camera_to_world"] * np.nan}
+    return super().step(state, batch)
+
+
+# A checkpoint after each step, of which two are kept.
+EACH_STEP = {"checkpoint.every_epochs": 1 / STEPS, "checkpoint.keep_last": 2}
+
+
+@pytest.mark.parametrize("max_steps", [None, 5])
+def test_skipped_steps_do_not_push_good_checkpoints_out(
+  straight, tmp_path, monkeypatch, caplog, max_steps
+):
+  options = RunOptions(tmp_path, max_steps)
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, "Programs", Poisoned)
+    if max_steps:  # Stopped before it gave up.
+      train(experiment(**EACH_STEP), options)
+      assert "no checkpoint of step 5: it is the last of 2" in caplog.text
+    else:
+      message = "last checkpoint, of step 3, .* go on from step 2"
+      with pytest.raises(TrainingError, match=message):
+        train(experiment(max_streak=3, **EACH_STEP), options)
+  assert checkpoint_steps(tmp_path) == {2, 3}
+  state = train(experiment(**EACH_STEP), RunOptions(tmp_path))
+  chex.assert_trees_all_equal(jax.device_get(state), straight[0])
+
+
+def test_a_complete_run_is_saved_and_a_streak_ends_with_it(
+  straight, tmp_path, monkeypatch
+):
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, "Programs", Poisoned)
+    patch.setattr(Poisoned, "first", STEPS)
+    state = train(experiment(), RunOptions(tmp_path))
+  assert (int(state.skipped), int(state.streak)) == (1, 1)
+  assert max(checkpoint_steps(tmp_path)) == STEPS
+  state = train(experiment(), RunOptions(tmp_path))
+  assert (int(state.skipped), int(state.streak)) == (1, 0)
+
+
+def test_what_was_done_before_an_unreadable_record_is_saved(
+  straight, tmp_path, monkeypatch
+):
+  run = experiment(**{"checkpoint.every_epochs": 0.0})
+  third = make_mixture(run.config).draw(3 * run.config.batch_size).index
+  sequence = SyntheticSource.sequence
+
+  def read(self, index, *rest):
+    if index == third:
+      raise InputError("torn")
+    return sequence(self, index, *rest)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(SyntheticSource, "sequence", read)
+    with pytest.raises(InputError, match=f"record {third}: torn"):
+      train(run, RunOptions(tmp_path))
+  assert checkpoint_steps(tmp_path) == {3}
+  state = train(run, RunOptions(tmp_path))
+  chex.assert_trees_all_equal(jax.device_get(state), straight[0])
+
+
+def own_dataset():
+  """A run on a dataset that the config does not know, and the dataset."""
+  dataset = grain.MapDataset.source(make_mixture(micro_run.get_config()))
+  config = micro_run.get_config()
+  with config.unlocked():
+    config.datasets = ConfigDict({"mine": {"samples": 2 * STEPS}})
+  return open_experiment(config, jax.devices()[:1]), dataset
+
+
+def test_a_dataset_of_ones_own_trains_the_same(straight, tmp_path):
+  run, dataset = own_dataset()
+  options = RunOptions(tmp_path, max_steps=3)
+  train(run, options, dataset, fingerprint={"version": 1})
+  with pytest.raises(CheckpointError, match=r"version was 1 and is 2"):
+    train(run, options, dataset, fingerprint={"version": 2})
+  state = train(run, RunOptions(tmp_path), dataset, fingerprint={"version": 1})
+  chex.assert_trees_all_equal(jax.device_get(state), straight[0])
+
+
+def test_a_dataset_that_does_not_suit_is_refused(tmp_path):
+  run, dataset = own_dataset()
+  with pytest.raises(InputError, match="needs a fingerprint"):
+    train(run, RunOptions(tmp_path), dataset)
+  with pytest.raises(InputError, match=r"has 11 samples, but .* take 12"):
+    train(run, RunOptions(tmp_path), dataset[:11], fingerprint="short")
+  run.config.render_on_devices = True
+  with pytest.raises(InputError, match="set it to False"):
+    train(run, RunOptions(tmp_path), dataset, fingerprint="all")
