@@ -97,6 +97,15 @@ def start_two(workdir, *flags: list[str]) -> list[subprocess.Popen]:
   ]
 
 
+def finish(processes, timeout: float = 60) -> list[str]:
+  """Returns what processes print; ends those that are not done in time."""
+  try:
+    return [p.communicate(timeout=timeout)[0] for p in processes]
+  finally:
+    for process in processes:
+      process.kill()
+
+
 def checkpoint_steps(workdir) -> set[int]:
   return {int(path.name) for path in (workdir / "checkpoints").iterdir()}
 
@@ -216,14 +225,14 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(straight, tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_as_one(straight, tmp_path):
   processes = start_two(tmp_path, [], [])
-  outputs = [process.communicate(timeout=300)[0] for process in processes]
+  outputs = finish(processes, timeout=300)
   assert [p.returncode for p in processes] == [0, 0], "\n".join(outputs)
   np.testing.assert_allclose(losses(tmp_path), losses(straight[1]), rtol=1e-5)
 
 
 def test_processes_that_would_train_something_else_end_with_a_line(tmp_path):
   processes = start_two(tmp_path, [], ["--config.seed=1"])
-  outputs = [process.communicate(timeout=60)[0] for process in processes]
+  outputs = finish(processes)
   assert [p.returncode for p in processes] == [2, 2], "\n".join(outputs)
   for output in outputs:
     assert "process 0 to process 1, config.seed was 0 and is 1" in output
@@ -233,7 +242,7 @@ def test_processes_that_would_train_something_else_end_with_a_line(tmp_path):
 def test_an_error_in_one_process_ends_the_others(tmp_path):
   with lock_folder(tmp_path):  # Only process 0 locks it.
     processes = start_two(tmp_path, [], [])
-    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    outputs = finish(processes)
   assert processes[0].returncode == 2, outputs[0]
   assert "is in use by" in outputs[0] and "Traceback" not in outputs[0]
   assert processes[1].returncode != 0
