@@ -119,7 +119,8 @@ def _plan() -> None:
 
 def _train() -> int:
   from point3r_jax.training.experiment import ConfigError, open_experiment
-  from point3r_jax.training.loop import RunOptions, TrainingError, train
+  from point3r_jax.training.loop import RunOptions, train
+  from point3r_jax.training.watch import TrainingError
 
   if not _WORKDIR.value:
     raise ConfigError("--workdir is missing: where checkpoints and logs go")

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import json
 import logging
-import os
 import pathlib
-import signal
 import threading
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import grain
 import jax
@@ -42,27 +39,22 @@ from point3r_jax.training.logs import (
   format_line,
 )
 from point3r_jax.training.panels import training_panel
+from point3r_jax.training.profile import Profile
 from point3r_jax.training.programs import (
   Programs,
   Shape,
   abstract_state,
   make_predict,
 )
+from point3r_jax.training.signals import stop_on_signals
 from point3r_jax.training.state import TrainState
+from point3r_jax.training.watch import Pending, Watch
 
-# Steps that may be on their way before their metrics are looked at.
-_IN_FLIGHT = 2
 # What of a config may differ between processes: where data are, how they are
 # read.
 _OWN_TO_A_PROCESS = ("data_root", "loader")
-# Beginnings of the names of metrics that are averaged over a log interval.
-_AVERAGED = ("loss", "error", "grad_norm", "pointers")
 
 _log = logging.getLogger(__name__)
-
-
-class TrainingError(RuntimeError):
-  """A run that cannot go on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,162 +71,6 @@ class RunOptions:
   workdir: str
   max_steps: int | None = None
   profile: tuple[int, int] | None = None
-
-
-class _Pending(NamedTuple):
-  """A step whose metrics were not looked at yet."""
-
-  step: int
-  samples: str
-  metrics: dict[str, jax.Array]
-
-
-class _Watch:
-  """Reads metrics some steps late, and stops a run that is not finite."""
-
-  def __init__(self, max_streak: int, checkpoints: Checkpoints):
-    self._max_streak = max_streak
-    self._checkpoints = checkpoints
-    self.streak = 0  # How many of the last steps looked at were skipped.
-    self._pending = collections.deque()
-    self._skipped = collections.deque(maxlen=max_streak)
-    self._interval = []  # Metrics of the steps since `read`.
-
-  def add(self, pending: _Pending) -> None:
-    """Takes a step; looks at the one some steps before."""
-    self._pending.append(pending)
-    if len(self._pending) > _IN_FLIGHT:
-      self._look()
-
-  def drain(self) -> None:
-    """Waits for all steps."""
-    while self._pending:
-      self._look()
-
-  def read(self) -> dict[str, float]:
-    """Waits for all steps; returns their metrics since it was last called.
-
-    Losses, errors and gradients are means over the steps that were not skipped,
-    the overflow is their sum; the rest is the last step's.
-    """
-    self.drain()
-    steps, self._interval = self._interval, []
-    good = [metrics for metrics in steps if not metrics["streak"]] or steps[-1:]
-    means = {
-      name: sum(metrics[name] for metrics in good) / len(good)
-      for name in steps[-1]
-      if name.startswith(_AVERAGED)
-    }
-    overflow = sum(metrics["overflow"] for metrics in good)
-    return steps[-1] | means | {"overflow": overflow}
-
-  def _look(self) -> None:
-    pending = self._pending.popleft()
-    metrics = {
-      name: float(value)
-      for name, value in jax.device_get(pending.metrics).items()
-    }
-    self._interval.append(metrics)
-    self.streak = int(metrics["streak"])
-    if not self.streak:
-      return
-    self._skipped.append(f"step {pending.step}: {pending.samples}")
-    _log.warning(
-      "step %d skipped: its loss is %g, its gradient's norm %g; samples: %s",
-      pending.step,
-      metrics["loss"],
-      metrics["grad_norm"],
-      pending.samples,
-    )
-    if self.streak >= self._max_streak:
-      raise TrainingError(
-        f"the loss or its gradient was not finite {self._max_streak} times in "
-        f"a row; the last batches were: {'; '.join(self._skipped)}. Look at "
-        f"these samples, or lower the learning rate; {self._last_good()}"
-      )
-
-  def _last_good(self) -> str:
-    """Says which checkpoints are from before the streak."""
-    *before, last = self._checkpoints.steps or [None]
-    if last is None:
-      return "there is no checkpoint yet"
-    words = f"the last checkpoint, of step {last}, is from before them"
-    if before:  # The update before it may be what broke the parameters.
-      words += (
-        f"; should it fail in the same way, delete it to go on from step "
-        f"{before[-1]}"
-      )
-    return words
-
-
-@contextlib.contextmanager
-def _stop_on_signals() -> Iterator[threading.Event]:
-  """Turns SIGTERM and Ctrl-C into an event: the step is finished and saved.
-
-  A second one ends the process at once, for a compilation cannot be stopped.
-  Processes that train together have to stop together: there `jax.distributed`
-  hears of SIGTERM, see `Checkpoints.reached_preemption`.
-  """
-  stop = threading.Event()
-  main = threading.current_thread() is threading.main_thread()
-  if not main or jax.process_count() > 1:
-    yield stop
-    return
-
-  def handle(number, _):
-    name = signal.Signals(number).name
-    if stop.is_set():
-      _log.warning("%s again: ending without a checkpoint", name)
-      os._exit(128 + number)
-    _log.warning("%s: stopping after a checkpoint", name)
-    stop.set()
-
-  signals = (signal.SIGTERM, signal.SIGINT)
-  previous = [signal.signal(number, handle) for number in signals]
-  try:
-    yield stop
-  finally:
-    for number, handler in zip(signals, previous, strict=True):
-      signal.signal(number, handler)
-
-
-class _Profile:
-  """A trace of some steps, into WORKDIR/profile; ends with the run at last."""
-
-  def __init__(
-    self,
-    workdir: pathlib.Path,
-    steps: tuple[int, int] | None,
-    watch: _Watch,
-    meter: Meter,
-  ):
-    self._directory = workdir / "profile"
-    self._steps = range(steps[0], steps[1] + 1) if steps else range(0)
-    self._watch = watch
-    self._meter = meter
-    self._active = False
-
-  def before(self, step: int) -> None:
-    """Starts the trace before its first step."""
-    if step in self._steps and not self._active:
-      self._watch.drain()
-      with self._meter.paused():
-        jax.profiler.start_trace(self._directory)
-      self._active = True
-
-  def after(self, step: int) -> None:
-    """Ends the trace after its last step."""
-    if self._active and step + 1 not in self._steps:
-      self._watch.drain()
-      with self._meter.paused():
-        self.close()
-
-  def close(self) -> None:
-    """Ends the trace if it is on."""
-    if self._active:
-      self._active = False
-      jax.profiler.stop_trace()
-      _log.info("profile written to %s", self._directory)
 
 
 def _start(
@@ -316,9 +152,9 @@ class _Run:
   feed: Iterator[Batch]
   log: MetricLog
   programs: Programs
-  profile: _Profile
+  profile: Profile
   meter: Meter
-  watch: _Watch
+  watch: Watch
   stop: threading.Event
 
   def go(self, state: TrainState) -> TrainState:
@@ -335,7 +171,7 @@ class _Run:
       self.profile.before(step)
       with jax.transfer_guard("disallow"):
         state, metrics = self.programs.step(state, batch)
-      self.watch.add(_Pending(step, samples, metrics))
+      self.watch.add(Pending(step, samples, metrics))
       self.meter.step(config.batch_size * batch["depth"].shape[1])
       self.profile.after(step)
 
@@ -532,7 +368,7 @@ def train(
     if step >= last:
       _log.info("nothing to do: step %d of %d is done already", step, last)
       return state
-    stop = stack.enter_context(_stop_on_signals())
+    stop = stack.enter_context(stop_on_signals())
     feed = stack.enter_context(open_feed(experiment, samples, step))
     log = stack.enter_context(
       MetricLog(workdir, start_step=step, active=jax.process_index() == 0)
@@ -540,9 +376,9 @@ def train(
     ahead = _shapes_ahead(samples, step, total) if dataset is None else []
     programs = stack.enter_context(Programs(experiment, ahead))
     stack.enter_context(jax.set_mesh(experiment.mesh))
-    meter, watch = Meter(), _Watch(config.max_streak, checkpoints)
+    meter, watch = Meter(), Watch(config.max_streak, checkpoints)
     profile = stack.enter_context(
-      contextlib.closing(_Profile(workdir, options.profile, watch, meter))
+      contextlib.closing(Profile(workdir, options.profile, watch, meter))
     )
     run = _Run(
       experiment=experiment,

@@ -28,9 +28,10 @@ from point3r_jax.params import stack_layers
 from point3r_jax.training import loop, programs
 from point3r_jax.training.experiment import make_mixture, open_experiment
 from point3r_jax.training.logs import MetricLog
-from point3r_jax.training.loop import RunOptions, TrainingError, train
+from point3r_jax.training.loop import RunOptions, train
 from point3r_jax.training.programs import Programs
 from point3r_jax.training.sharding import batch_sharding
+from point3r_jax.training.watch import TrainingError
 from tests import micro
 from tests.training import batches, micro_run
 from tests.training.micro_run import STEPS
@@ -192,6 +193,7 @@ def test_a_signal_during_compilation_saves_what_is_done(
   assert losses(tmp_path) == losses(straight[1])
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_process_while_it_compiles(tmp_path):
   with start(tmp_path) as process:
     output = ""
@@ -361,7 +363,9 @@ class Poisoned(Programs):
 EACH_STEP = {"checkpoint.every_epochs": 1 / STEPS, "checkpoint.keep_last": 2}
 
 
-@pytest.mark.parametrize("max_steps", [None, 5])
+@pytest.mark.parametrize(
+  "max_steps", [None, pytest.param(5, marks=pytest.mark.slow)]
+)
 def test_skipped_steps_do_not_push_good_checkpoints_out(
   straight, tmp_path, monkeypatch, caplog, max_steps
 ):
