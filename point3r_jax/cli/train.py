@@ -42,7 +42,7 @@ _TOPOLOGY = flags.DEFINE_string(
   "topology",
   None,
   "for --dry_run: GPUs, such as h200:2x8 (two hosts of eight), or a slice of "
-  "TPUs, such as v5p:4x4x4",
+  "TPUs, such as v5p-128 or v5p:4x4x4; see docs/training.md",
 )
 _COORDINATOR = flags.DEFINE_string(
   "coordinator",
@@ -61,7 +61,8 @@ _PROCESS = flags.DEFINE_integer(
 def _initialize_distributed() -> None:
   """Lets the processes of a run find each other."""
   if not _COORDINATOR.value:
-    tasks = int(os.environ.get("SLURM_NTASKS", 1))
+    # Of what srun started: an allocation alone may have more.
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
     if tasks > 1 or _PROCESSES.value or _PROCESS.value is not None:
       raise InputError(
         "several processes need --coordinator, or each trains for itself in "

@@ -1,5 +1,6 @@
 """train.py's flags: what is wrong with them is one line."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -52,3 +53,27 @@ def test_wrong_flags_are_one_line(arguments, message):
   assert process.returncode == 2 and process.stdout == ""
   assert message in process.stderr and process.stderr.startswith("error: ")
   assert process.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+  ("variable", "message"),
+  [
+    ("SLURM_STEP_NUM_TASKS", "several processes need --coordinator"),
+    ("SLURM_NTASKS", "no reader in this version"),  # It is not what stops it.
+  ],
+)
+def test_tasks_that_slurm_started_need_to_find_each_other(
+  tmp_path, variable, message
+):
+  """Not those that an allocation may have, where a program runs by itself."""
+  process = subprocess.run(
+    [
+      *(sys.executable, "train.py", "--config=configs/stage1_224.py"),
+      f"--workdir={tmp_path}",
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    env={**os.environ, variable: "8"},
+  )
+  assert process.returncode == 2 and message in process.stderr

@@ -81,7 +81,9 @@ def test_only_made_up_scenes_are_rendered():
 
 
 def test_a_killed_process_of_the_loader_is_one_line():
-  run = experiment(**{"loader.workers": 1, "loader.prefetch": 1})
+  run = experiment(
+    **{"loader.workers": 1, "loader.prefetch": 1, "epochs": 1_000}
+  )
   before = set(multiprocessing.active_children())
   with (
     jax.set_mesh(run.mesh),
