@@ -5,8 +5,8 @@
   python -m benchmarks.ablations ... -- --config.batch_size=24
 
 Each variant trains with each seed from the same start for as many steps on
-made-up scenes (`train.py`, configs/synthetic_tiny.py) and is measured on other
-made-up scenes (`evaluate.py`), as it was trained. Words after `--` go to every
+synthetic scenes (`train.py`, configs/synthetic_tiny.py) and is measured on
+others (`evaluate.py`), as it was trained. Words after `--` go to every
 training. OUTPUT/table.md and ablations.json hold what is there so far.
 
 The same command goes on where it was ended. Several GPUs share the work, each
@@ -186,7 +186,7 @@ def format_table(
   lines = [
     f"{args.steps} steps of stage `{args.stage}`{extra} from "
     f"`{args.start or 'fresh parameters'}`, then {args.sequences} other "
-    f"made-up scenes of {args.frames} frames. Mean over the seeds ± half the "
+    f"synthetic scenes of {args.frames} frames. Mean over the seeds ± half the "
     "range from the least to the greatest.",
     "",
     f"| | seeds | {' | '.join(title for title, _ in COLUMNS.values())} |",

@@ -2,12 +2,12 @@
 
   python -m benchmarks.precision --checkpoint tiny --sequences 16
 
-Follows float32 through made-up sequences of the test split. Every frame is also
-predicted from the same memory in other precisions: so errors do not add up, and
-the comparison is of one step. Prints a line of JSON for each precision: mean
-relative difference of depth and of world points' distances from the camera, and
-the angle and relative distance between poses; medians over frames and the
-largest.
+Follows float32 through synthetic sequences of the test split. Every frame is
+also predicted from the same memory in other precisions: so errors do not add
+up, and the comparison is of one step. Prints a line of JSON for each precision:
+mean relative difference of depth and of world points' distances from the
+camera, and the angle and relative distance between poses; medians over frames
+and the largest.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ Prints a line of JSON, all in frames a second:
 - share: of `written` in `step`.
 
 The stream has grown and all is compiled before a step is timed. The video is
-a walk through a made-up room, enlarged to 1080p, unless there is one of one's
+a walk through a synthetic room, enlarged to 1080p, unless there is one of one's
 own.
 
 Random weights make noise: depth maps that do not compress, clouds in which
@@ -48,7 +48,7 @@ from point3r_jax.precision import get_precision
 from point3r_jax.stream import Stream
 from point3r_jax.streaming import Prediction
 
-# Frames of the made-up walk, which is rendered so many times smaller.
+# Frames of the synthetic walk, which is rendered so many times smaller.
 _VIEWS = 60
 _ENLARGED = 4
 # Frames that do not count at the start, at most a quarter of all.
@@ -58,7 +58,7 @@ _WARM_UP = 50
 def make_video(
   path: pathlib.Path, size: tuple[int, int], frames: int, views: int = _VIEWS
 ) -> None:
-  """Writes a walk through a made-up room, up and down.
+  """Writes a walk through a synthetic room, up and down.
 
   Args:
     path: of the file, with the suffix of a container that holds H.264.
@@ -201,14 +201,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   )
   add = parser.add_argument
   add("--model", default=f"{UNTRAINED}point3r_512", help="or a checkpoint")
-  add("--video", type=pathlib.Path, help="default: a made-up one")
+  add("--video", type=pathlib.Path, help="default: a synthetic one")
   add(
     "--source",
     type=int,
     nargs=2,
     default=(1080, 1920),
     metavar=("H", "W"),
-    help="size of the made-up video (default: 1080 1920)",
+    help="size of the synthetic video (default: 1080 1920)",
   )
   add("--frames", type=int, default=600)
   add("--size", type=int, help="long side for the network (default: model's)")

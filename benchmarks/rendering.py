@@ -1,4 +1,4 @@
-"""Times the rendering of made-up scenes where a model is trained.
+"""Times the rendering of synthetic scenes where a model is trained.
 
   python -m benchmarks.rendering --size 96 128 --batch 256
   python -m benchmarks.rendering --size 224 224 --batch 64

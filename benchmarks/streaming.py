@@ -82,7 +82,7 @@ DEFAULTS = {
 # Frames before the first that counts, and frames between two waits.
 _WARM_UP = 10
 _BLOCK = 25
-# Images to take turns, and frames of a made-up scene's path.
+# Images to take turns, and frames of a synthetic scene's path.
 _IMAGES = 8
 _VIEWS = 100
 _COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -359,7 +359,7 @@ def _growth(model, flags) -> dict:
     note_compiles()
   rows["compiling"] = overlaps(spans, list(compiles.values()))
   result = {
-    "images": "a made-up room, to and fro" if trained else "noise",
+    "images": "a synthetic room, to and fro" if trained else "noise",
     "frames": flags.frames,
     **summarize(rows),
     "compile_s": {

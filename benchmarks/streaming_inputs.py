@@ -95,7 +95,7 @@ def noise(count: int, *shape: int) -> np.ndarray:
 
 
 def scene(image_size: tuple[int, int], views: int) -> np.ndarray:
-  """Renders a path through a made-up room, as uint8 images (T, H, W, 3)."""
+  """Renders a path through a synthetic room, as uint8 images (T, H, W, 3)."""
   source = SyntheticSource(split="test", indoor=1.0, moving=0.0)
   return source.sequence(0, views, image_size, np.random.default_rng(0))[
     "image"

@@ -35,8 +35,8 @@ def get_config() -> ConfigDict:
   c.batch_size = 128  # Sequences a step, over all devices.
   c.epochs = 100
 
-  # Made-up scenes can be rendered on the devices that train, instead of by the
-  # loader; `synthetic` is the only dataset then.
+  # Synthetic scenes can be rendered on the devices that train, instead of by
+  # the loader; `synthetic` is the only dataset then.
   c.render_on_devices = False
 
   # How many records, the next ones of a dataset, may be tried in the place of

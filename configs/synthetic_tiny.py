@@ -1,4 +1,4 @@
-"""The model of the embedded checkpoint: small, on made-up scenes alone.
+"""The model of the embedded checkpoint: small, on synthetic scenes alone.
 
 Three stages in the spirit of the published ones, each from the last one's
 parameters; one GPU, no data. Scenes are rendered where the model is trained.

@@ -117,7 +117,7 @@ class ModelConfig:
 PRESETS: dict[str, ModelConfig] = {
   "point3r_512": ModelConfig(),
   "point3r_224": ModelConfig(image_size=224),
-  # Trained on made-up scenes, see point3r_jax.pretrained.
+  # Trained on synthetic scenes, see point3r_jax.pretrained.
   "tiny": ModelConfig(
     image_size=128,
     encoder_width=160,

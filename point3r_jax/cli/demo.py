@@ -1,4 +1,4 @@
-"""Reconstructs a made-up walk that no training has seen, and scores it.
+"""Reconstructs a synthetic walk that no training has seen, and scores it.
 
 python -m point3r_jax.cli.demo --output output/demo
 
@@ -232,7 +232,7 @@ def draw(
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="python -m point3r_jax.cli.demo",
-    description="Renders a walk through a made-up room, reconstructs it, "
+    description="Renders a walk through a synthetic room, reconstructs it, "
     "scores that and draws it.",
   )
   add = parser.add_argument
@@ -297,7 +297,7 @@ def _run(flags: argparse.Namespace) -> int:
     raise InputError(
       f"{error}; the demo needs: pip install 'point3r-jax[eval]'"
     ) from error
-  print(f"Rendering {len(walk)} frames of a made-up room ...", flush=True)
+  print(f"Rendering {len(walk)} frames of a synthetic room ...", flush=True)
   write_frames(frames, walk)
   command = {
     "--input": frames,

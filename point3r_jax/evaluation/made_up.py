@@ -98,7 +98,7 @@ def _constant_points(sequence: Sequence) -> list[np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticTask:
-  """Depth, poses and points of made-up scenes; a `tasks.Task`.
+  """Depth, poses and points of synthetic scenes; a `tasks.Task`.
 
   Attributes:
     options: what decides the numbers.

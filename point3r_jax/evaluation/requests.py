@@ -128,7 +128,7 @@ class Request:
     task: "mv_recon", "monodepth", "video_depth", "relpose" or "synthetic".
     dataset: its name; see `benchmarks.DATASETS`.
     output: folder for predictions and reports.
-    data: folder of the dataset; None for made-up ones.
+    data: folder of the dataset; None for synthetic ones.
     checkpoint: what to predict with; None: score the predictions in `output`.
     ema: take the checkpoint's moving average.
     options: protocol options by name; text or values. All have the published

@@ -154,7 +154,7 @@ def _render(
   """Yields batches that the devices render.
 
   Raises:
-    InputError: the samples are not of made-up scenes alone.
+    InputError: the samples are not of synthetic scenes alone.
   """
   if not isinstance(mixture, Mixture):
     raise InputError(

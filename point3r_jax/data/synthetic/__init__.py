@@ -1,1 +1,1 @@
-"""Made-up scenes with exact geometry, rendered by JAX."""
+"""Synthetic scenes with exact geometry, rendered by JAX."""

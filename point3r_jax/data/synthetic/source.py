@@ -84,7 +84,7 @@ def _cpu() -> jax.Device:
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticSource:
-  """Sequences of made-up scenes; a `SequenceSource`.
+  """Sequences of synthetic scenes; a `SequenceSource`.
 
   A scene is a function of (seed, split, index), the camera and its path of that
   and one draw of the generator. The first sequence of an image size and number

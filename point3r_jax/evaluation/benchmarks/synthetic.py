@@ -1,4 +1,4 @@
-"""Made-up scenes that no training has seen; needs no data on disk.
+"""Synthetic scenes that no training has seen; needs no data on disk.
 
 Scenes are those of `data.synthetic`, split "test", rendered when they are first
 asked for: a sequence of 24 views at 128×96 takes less than a second and 3 MB.

@@ -124,7 +124,7 @@ _REMARKS = {
   "relpose": "After {align} of the whole path; root mean squares, then the "
   "mean over sequences. ATE and RPE trans are in the unit of the true path "
   "(metres, but for Sintel).",
-  "synthetic": "Made-up scenes; nothing is published. ATE is divided by the "
+  "synthetic": "Synthetic scenes; nothing is published. ATE is divided by the "
   "length of the path, Acc and Comp by the size of the scene. The trivial "
   "baselines show the score without any skill.",
 }
