@@ -118,8 +118,13 @@ def end(code: int) -> NoReturn:
   if all(thread.daemon for thread in running):
     sys.exit(code)
   # What the interpreter would have done that matters here.
-  logging.shutdown()
   multiprocessing.util._run_finalizers()  # Removes its temporary folder.
+  leave(code)
+
+
+def leave(code: int) -> NoReturn:
+  """Ends the process at once: all that is waiting to be printed is printed."""
+  logging.shutdown()
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)

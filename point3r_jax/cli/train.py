@@ -7,14 +7,13 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
 
 import absl.logging
 import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from point3r_jax.cli.common import INTERRUPTED, end, run
+from point3r_jax.cli.common import INTERRUPTED, end, leave, run
 from point3r_jax.errors import InputError
 
 # Exit code of a run that cannot go on; restarting it will not help.
@@ -177,21 +176,11 @@ def _main(arguments: Sequence[str]) -> None:
     code = 1
   if jax.distributed.is_initialized():
     if not agreed:
-      _leave(code)
+      # The others wait for this process in the next step, and JAX would let it
+      # wait for them. Once it is gone, they end for the lost connection.
+      leave(code)
     jax.distributed.shutdown()
   end(code)
-
-
-def _leave(code: int) -> NoReturn:
-  """Ends one of several processes, which the others do not expect.
-
-  They wait for it in the next step, and JAX would let it wait for them. Once it
-  is gone, they end for the lost connection.
-  """
-  logging.shutdown()
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(code)
 
 
 def _first(error: BaseException) -> BaseException:
