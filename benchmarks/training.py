@@ -83,7 +83,7 @@ def add_step_flags(parser: argparse.ArgumentParser) -> None:
   add("--remat", help="default: the stage's")
   add("--sizes", type=int, help="default: the stage's")
   add("--cuda_graphs", help="default: the stage's")
-  add("--unrolled", action="store_true", help="layers not scanned")
+  add("--unroll_layers", help="default: the stage's")
   add(
     "--xla",
     nargs="+",
@@ -105,10 +105,9 @@ def make_config(
   config.batch_size = (flags.batch or sequences) * devices
   config.image_sizes = (image_size,)
   config.mesh.fsdp = flags.fsdp
-  if flags.cuda_graphs is not None:
-    config.cuda_graphs = flags.cuda_graphs
-  if flags.unrolled:
-    config.model.scan_layers = False
+  for field in ("cuda_graphs", "unroll_layers"):
+    if getattr(flags, field) is not None:
+      config[field] = getattr(flags, field)
   for field in ("precision", "remat", "sizes"):
     if getattr(flags, field) is not None:
       config.rollout[field] = getattr(flags, field)
@@ -160,7 +159,7 @@ def measure(experiment: Experiment, flags: argparse.Namespace) -> dict:
     **{x: config.rollout[x] for x in ("precision", "remat", "sizes")},
     "cuda_graphs": config.cuda_graphs,
     "xla": dict(flags.xla),
-    "scan_layers": config.model.scan_layers,
+    "unroll_layers": experiment.step.unroll_layers,
     "ms_per_step": round(1e3 * seconds, 1),
     "ms_min_max": [round(1e3 * t, 1) for t in (min(times), max(times))],
     "ms_not_waited_for": round(1e3 * in_flight, 1),

@@ -91,6 +91,11 @@ def get_config() -> ConfigDict:
   # benchmarks/README.md.
   c.cuda_graphs = "bodies"
 
+  # Where the stacked layers of encoders and decoders are written out one after
+  # the other in a step's program: "never", "gpu" or "always". That saves copies
+  # and takes longer to compile.
+  c.unroll_layers = "gpu"
+
   # The mesh: -1 takes the devices that the other axis leaves. `rules` are pairs
   # of an expression for a parameter's path and "fsdp" or "replicate".
   c.mesh = ConfigDict()

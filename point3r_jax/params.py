@@ -33,6 +33,15 @@ _STACKS = (
   ("decoder", "layer_", "layers", 1),
 )
 
+# A block's norms, and the linear maps that read them.
+_BEHIND = {
+  "attention_norm": (("attention", "qkv"),),
+  "self_norm": (("self_attention", "qkv"),),
+  "cross_norm": (("cross_attention", "query"),),
+  "context_norm": (("cross_attention", "key"), ("cross_attention", "value")),
+  "mlp_norm": (("mlp", "hidden"),),
+}
+
 Shape = tuple[int, ...]
 
 
@@ -185,6 +194,40 @@ def cast_params(params: dict, precision: str | Precision) -> dict:
   return jax.tree_util.tree_map_with_path(cast, params)
 
 
+def fold_norms(params: dict) -> dict:
+  """Makes the affine maps of blocks' norms part of the linear maps behind them.
+
+  (x·γ + β)·W + b = x·(γ·W) + (β·W + b): so a block only has to normalise, and
+  gradients of γ and β are made of those of W and b, not summed over tokens.
+
+  Args:
+    params: nested dictionary of float32 arrays, with any layout of layers.
+
+  Returns:
+    The same without these norms; see `models.layers`.
+  """
+  if not isinstance(params, Mapping):
+    return params
+  folded = {name: fold_norms(leaf) for name, leaf in params.items()}
+  for norm, linears in _BEHIND.items():
+    if "scale" not in folded.get(norm, ()):
+      continue
+    affine = folded.pop(norm)
+    for part, name in linears:
+      linear = folded[part][name]
+      kernel = linear["kernel"]
+      shift = jnp.einsum(
+        "...i,...io->...o", affine["bias"], kernel, precision="highest"
+      )
+      folded[part] = folded[part] | {
+        name: {
+          "kernel": affine["scale"][..., None] * kernel,
+          "bias": linear["bias"] + shift,
+        }
+      }
+  return folded
+
+
 def stack_layers(params: dict) -> dict:
   """Lays layers out for `scan_layers`: one stacked tree a stack of layers."""
 
@@ -202,13 +245,19 @@ def stack_layers(params: dict) -> dict:
 def unstack_layers(params: dict) -> dict:
   """Undoes `stack_layers`: one tree a layer, as checkpoints hold them."""
 
+  def split(x):
+    if isinstance(x, np.ndarray):
+      return list(x)
+    # The gradient is one concatenation, where that of slices is many sums.
+    return [y.squeeze(0) for y in jax.lax.split(x, [1] * x.shape[0])]
+
   def unstack(tree, layer, stacked, _):
     rest = dict(tree)
-    layers = rest.pop(stacked)
-    depth = jax.tree.leaves(layers)[0].shape[0]
+    leaves, structure = jax.tree.flatten(rest.pop(stacked))
+    layers = zip(*map(split, leaves), strict=True)
     return rest | {
-      f"{layer}{i}": jax.tree.map(lambda x, i=i: x[i], layers)
-      for i in range(depth)
+      f"{layer}{i}": structure.unflatten(leaves)
+      for i, leaves in enumerate(layers)
     }
 
   return {**params, **{n: unstack(params[n], *rest) for n, *rest in _STACKS}}

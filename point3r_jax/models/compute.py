@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,6 +16,19 @@ from point3r_jax.precision import Precision
 # What a backward pass computes again: nothing; all of a block but its linear
 # maps, and the dense heads; or whole blocks and dense heads.
 REMAT = ("none", "elementwise", "blocks")
+
+# Name of a block's normalised inputs, for what is kept.
+NORMED = "normed"
+
+
+def _keep(primitive: Any, *operands, **params) -> bool:
+  """Keeps what is not elementwise: linear maps, norms, attention."""
+  policies = jax.checkpoint_policies
+  return (
+    policies.dots_with_no_batch_dims_saveable(primitive, *operands, **params)
+    or policies.save_only_these_names(NORMED)(primitive, *operands, **params)
+    or primitive.name.startswith("dot_product_attention_fwd")
+  )
 
 
 # Layers of one kind share what is traced and lowered of them. XLA inlines that
@@ -118,14 +132,8 @@ class Compute:
     """
     if self.keeps_all:
       return block if scanned else _traced_once(block)
-    policies = jax.checkpoint_policies
-    return nn.remat(
-      block,
-      prevent_cse=not scanned,
-      policy=policies.nothing_saveable
-      if self.remat == "blocks"
-      else policies.dots_with_no_batch_dims_saveable,
-    )
+    keep = None if self.remat == "blocks" else _keep
+    return nn.remat(block, prevent_cse=not scanned, policy=keep)
 
   def remat_dense(self, head: type[nn.Module]) -> type[nn.Module]:
     """Returns a dense head that keeps nothing if anything is computed again."""

@@ -10,7 +10,7 @@ from flax.linen.dtypes import promote_dtype
 
 from point3r_jax.config import ModelConfig
 from point3r_jax.models.compute import Compute
-from point3r_jax.models.layers import Linear
+from point3r_jax.models.layers import Linear, add_bias
 
 
 class Conv(nn.Module):
@@ -44,7 +44,7 @@ class Conv(nn.Module):
     )
     if self.use_bias:
       bias = self.param("bias", zeros, (self.features,))
-      x = x + bias.astype(self.dtype)
+      x = add_bias(x, bias.astype(self.dtype))
     return x
 
 
@@ -69,29 +69,45 @@ class TransposedConv(nn.Module):
     )
     bias = self.param("bias", zeros, (channels,))
     x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-    x = jnp.einsum("bhwk,kijo->bhiwjo", x, kernel) + bias
+    x = add_bias(jnp.einsum("bhwk,kijo->bhiwjo", x, kernel), bias)
     return x.reshape(batch, self.scale * height, self.scale * width, channels)
 
 
-def _interpolation(size: int, keep: int, dtype: jnp.dtype) -> np.ndarray:
-  """Returns the (keep, size) matrix that doubles a line, corners aligned."""
-  matrix = np.zeros((2 * size, size))
-  position = np.linspace(0, size - 1, 2 * size)
-  low = np.minimum(position.astype(int), max(size - 2, 0))
-  weight = position - low
-  if jnp.finfo(dtype).bits == 16:
-    # Steps of 1/256 are exact in bfloat16, so that weights still add up to 1.
-    weight = np.round(weight * 256) / 256
-  rows = np.arange(2 * size)
-  np.add.at(matrix, (rows, low), 1 - weight)
-  np.add.at(matrix, (rows, np.minimum(low + 1, size - 1)), weight)
-  return matrix[:keep]
+def _shift(x: jax.Array, axis: int, step: int) -> jax.Array:
+  """Shifts an axis by one; the end that is left stays."""
+  rest, end = (
+    jax.lax.slice_in_dim(x, *bounds, axis=axis)
+    for bounds in (((0, -1), (0, 1)) if step > 0 else ((1, None), (-1, None)))
+  )
+  parts = [end, rest] if step > 0 else [rest, end]
+  return jnp.concatenate(parts, axis=axis)
+
+
+def _double(x: jax.Array, axis: int) -> jax.Array:
+  """Doubles an axis of n by linear interpolation with ends aligned.
+
+  Position 2j of the result lies j/(2n-1) before j, position 2j+1 lies
+  (n-1-j)/(2n-1) behind it.
+  """
+  size, dtype = x.shape[axis], x.dtype
+  x = x.astype(jnp.float32)
+  index = np.arange(size)
+  before, after = _shift(x, axis, 1), _shift(x, axis, -1)
+  shape = np.ones(x.ndim, int)
+  shape[axis] = size
+  even, odd = (
+    (share / (2 * size - 1)).astype(np.float32).reshape(shape)
+    for share in (index, size - 1 - index)
+  )
+  pair = [x + even * (before - x), x + odd * (after - x)]
+  doubled = (*x.shape[:axis], 2 * size, *x.shape[axis + 1 :])
+  return jnp.stack(pair, axis=axis + 1).reshape(doubled).astype(dtype)
 
 
 def upsample(x: jax.Array, keep: tuple[int, int] | None = None) -> jax.Array:
   """Doubles a map (B, h, w, K) bilinearly with corners aligned.
 
-  Two small matrix products: faster than gathers on accelerators.
+  Shifts, sums and an interleaving, which a GPU does in one kernel.
 
   Args:
     x: (B, h, w, K).
@@ -100,12 +116,8 @@ def upsample(x: jax.Array, keep: tuple[int, int] | None = None) -> jax.Array:
   Returns:
     (B, 2h, 2w, K), or (B, *keep, K).
   """
-  height, width = x.shape[1:3]
-  rows, columns = keep or (2 * height, 2 * width)
-  vertical = jnp.asarray(_interpolation(height, rows, x.dtype), x.dtype)
-  horizontal = jnp.asarray(_interpolation(width, columns, x.dtype), x.dtype)
-  x = jnp.einsum("oh,bhwk->bowk", vertical, x)
-  return jnp.einsum("ow,bhwk->bhok", horizontal, x)
+  y = _double(_double(x, 1), 2)
+  return y if keep is None else y[:, : keep[0], : keep[1]]
 
 
 class ResidualConv(nn.Module):

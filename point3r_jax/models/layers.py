@@ -6,13 +6,64 @@ own, in `point3r_jax.params`.
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
-from point3r_jax.models.compute import Compute
+from point3r_jax.models.compute import NORMED, Compute
 from point3r_jax.models.rotary import RotaryTable, apply_rotary
+
+_EPSILON = 1e-6  # Of all LayerNorms.
+
+# Rows that are summed at once for the gradient of a bias, at most and at least.
+_MOST_ROWS, _LEAST_ROWS = 512, 64
+
+
+def _sum_rows(x: jax.Array) -> jax.Array:
+  """Sums x (…, C) over all but its last axis, to (C,) float32.
+
+  In 16 bits by a matrix product with ones. XLA joins a sum over rows with the
+  kernels that make them and then runs all of it on as many blocks as the sum
+  has: one in ten of what a GPU has room for.
+  """
+  x = x.reshape(-1, x.shape[-1])
+  if x.dtype == jnp.float32:
+    return x.sum(axis=0)
+  rows = next(
+    (n for n in range(_MOST_ROWS, _LEAST_ROWS - 1, -8) if x.shape[0] % n == 0),
+    None,
+  )
+  if rows is None:
+    return x.sum(axis=0, dtype=jnp.float32)
+  ones = jnp.ones((x.shape[0] // rows, 8, rows), x.dtype)
+  sums = jnp.matmul(
+    ones,
+    x.reshape(-1, rows, x.shape[-1]),
+    preferred_element_type=jnp.float32,
+  )
+  return sums[:, 0].sum(axis=0)
+
+
+@jax.custom_vjp
+def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+  """Adds a bias (C,) to y (…, C) of the same type."""
+  return y + bias
+
+
+def _add_bias_forward(y, bias):
+  return y + bias, None
+
+
+def _add_bias_backward(_, gradient):
+  return gradient, _sum_rows(gradient).astype(gradient.dtype)
+
+
+add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
 class Linear(nn.Module):
@@ -45,7 +96,7 @@ class Linear(nn.Module):
       x, kernel, precision=self.precision, preferred_element_type=sums
     )
     bias = bias.astype(result).astype(sums)  # Rounded, as `cast_params` does.
-    return (y + bias).astype(result)
+    return add_bias(y, bias).astype(result)
 
 
 def layer_norm(compute: Compute, name: str | None = None) -> nn.LayerNorm:
@@ -56,11 +107,50 @@ def layer_norm(compute: Compute, name: str | None = None) -> nn.LayerNorm:
   of rounded products.
   """
   return nn.LayerNorm(
-    epsilon=1e-6,
+    epsilon=_EPSILON,
     dtype=jnp.float32,
     use_fast_variance=not compute.forward_only and compute.dtype != jnp.float32,
     name=name,
   )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _normalize(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """LayerNorm (…, C) without an affine map, in float32; rounded to a type."""
+  return _normalize_forward(x, dtype)[0]
+
+
+def _normalize_forward(x, dtype):
+  # XLA would lay channels out before tokens here, and copy to and fro.
+  x = with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+  mean = x.mean(axis=-1, keepdims=True)
+  square = jnp.square(x).mean(axis=-1, keepdims=True)
+  variance = jnp.maximum(square - jnp.square(mean), 0)
+  scale = jax.lax.rsqrt(variance + _EPSILON)
+  y = checkpoint_name(((x - mean) * scale).astype(dtype), NORMED)
+  return y, (y, checkpoint_name(scale, NORMED))
+
+
+def _normalize_backward(dtype, saved, gradient):
+  y, scale = saved
+  y, gradient = y.astype(jnp.float32), gradient.astype(jnp.float32)
+  mean = gradient.mean(axis=-1, keepdims=True)
+  slope = (gradient * y).mean(axis=-1, keepdims=True)
+  return (scale * (gradient - mean - y * slope),)
+
+
+_normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+def _norm(block: nn.Module, name: str, x: jax.Array) -> jax.Array:
+  """Normalises a block's x (…, C) float32 for the linear map behind.
+
+  Where `params.fold_norms` made the norm's affine map a part of that linear
+  map, the norm has no parameters.
+  """
+  if block.is_initializing() or block.has_variable("params", name):
+    return layer_norm(block.compute, name)(x)
+  return _normalize(x, block.compute.dtype)
 
 
 def gelu(x: jax.Array, exact: bool = True) -> jax.Array:
@@ -226,10 +316,10 @@ class EncoderBlock(nn.Module):
   ) -> jax.Array:
     """Maps x (B, N, D) float32 to the same shape and type."""
     x = x + SelfAttention(self.heads, self.compute, name="attention")(
-      layer_norm(self.compute, "attention_norm")(x), rotary
+      _norm(self, "attention_norm", x), rotary
     )
     mlp = _mlp(self.compute, self.mlp_ratio, x.shape[-1])
-    return x + mlp(layer_norm(self.compute, "mlp_norm")(x))
+    return x + mlp(_norm(self, "mlp_norm", x))
 
 
 class DecoderBlock(nn.Module):
@@ -263,18 +353,18 @@ class DecoderBlock(nn.Module):
       (B, N, D) float32. Rows beyond `length` are finite and without meaning.
     """
     x = x + SelfAttention(self.heads, self.compute, name="self_attention")(
-      layer_norm(self.compute, "self_norm")(x), rotary, length
+      _norm(self, "self_norm", x), rotary, length
     )
     x = x + CrossAttention(self.heads, self.compute, name="cross_attention")(
-      layer_norm(self.compute, "cross_norm")(x),
-      layer_norm(self.compute, "context_norm")(context),
+      _norm(self, "cross_norm", x),
+      _norm(self, "context_norm", context),
       rotary,
       context_rotary,
       length,
       context_length,
     )
     mlp = _mlp(self.compute, self.mlp_ratio, x.shape[-1])
-    return x + mlp(layer_norm(self.compute, "mlp_norm")(x))
+    return x + mlp(_norm(self, "mlp_norm", x))
 
 
 class ModulatedNorm(nn.Module):

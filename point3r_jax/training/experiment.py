@@ -51,6 +51,8 @@ _LEAST = {
 # What of a step CUDA graphs hold: nothing, what lies between loops and in their
 # bodies, or loops as a whole, too.
 CUDA_GRAPHS = ("none", "bodies", "all")
+# Where stacked layers are written out one after the other.
+UNROLL_LAYERS = ("never", "gpu", "always")
 
 
 def _check(config: ConfigDict) -> None:
@@ -61,11 +63,15 @@ def _check(config: ConfigDict) -> None:
       value = value[key]
     if value < least:
       raise ConfigError(f"config.{name} is {value}; it must be {least} or more")
-  if config.cuda_graphs not in CUDA_GRAPHS:
-    raise ConfigError(
-      f"config.cuda_graphs is {config.cuda_graphs!r}; it must be one of "
-      f"{', '.join(CUDA_GRAPHS)}"
-    )
+  for name, choices in (
+    ("cuda_graphs", CUDA_GRAPHS),
+    ("unroll_layers", UNROLL_LAYERS),
+  ):
+    if config[name] not in choices:
+      raise ConfigError(
+        f"config.{name} is {config[name]!r}; it must be one of "
+        f"{', '.join(choices)}"
+      )
   sizes = config.image_sizes
   if not sizes or not all(map(_is_size, sizes)):
     raise ConfigError(
@@ -224,7 +230,12 @@ class Experiment:
   @functools.cached_property
   def step(self) -> StepConfig:
     """What fixes the function of a step."""
-    return make_step_config(self.config)
+    unroll = self.config.unroll_layers
+    platform = self.mesh.devices.flat[0].platform
+    return dataclasses.replace(
+      make_step_config(self.config),
+      unroll_layers=unroll == "always" or unroll == platform,
+    )
 
   @functools.cached_property
   def optimizer(self) -> optax.GradientTransformation:

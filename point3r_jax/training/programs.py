@@ -26,11 +26,9 @@ Shape = tuple[int, int, int]
 # Seconds after which a signal is noticed while a program is compiled.
 _POLL = 0.5
 
-# XLA's commands that CUDA graphs may hold, by a config's `cuda_graphs`. Where a
-# loop slices stacked layers, the slice is elsewhere in each turn: a graph that
-# held it would be written anew, unless the graph holds the loop.
-_BODIES = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL"
-_LOOPS = "CONDITIONAL,WHILE,DYNAMIC_SLICE_FUSION"
+# XLA's commands that CUDA graphs may hold, by a config's `cuda_graphs`.
+_BODIES = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONVOLUTION"
+_LOOPS = "CONDITIONAL,WHILE"
 _COMMANDS = dict(
   zip(CUDA_GRAPHS, ("", _BODIES, f"{_BODIES},{_LOOPS}"), strict=True)
 )
@@ -54,6 +52,15 @@ def compiler_options(
     # for longer than all else takes to compile.
     "xla_gpu_enable_triton_gemm": False,
     "xla_gpu_enable_command_buffer": _COMMANDS[cuda_graphs],
+    # Products with one operand in common are not made one: their others would
+    # have to be joined.
+    "xla_gpu_dot_merger_threshold_mb": 0,
+    # Slices are kernels like any other. Otherwise the host computes where they
+    # are, so that no graph can hold them; it prepares each for 0.25 ms before a
+    # step's first kernel; and products that are kept in a loop's stack are
+    # computed twice.
+    "xla_disable_hlo_passes": "dynamic-slice-annotator",
+    "xla_gpu_enable_dynamic_slice_fusion": False,
   }
 
 

@@ -10,7 +10,12 @@ import optax
 
 from point3r_jax.config import ModelConfig
 from point3r_jax.losses import LossOptions, make_targets, point3r_loss
-from point3r_jax.params import cast_params, merge
+from point3r_jax.params import (
+  cast_params,
+  fold_norms,
+  merge,
+  unstack_layers,
+)
 from point3r_jax.streaming import Prediction
 from point3r_jax.training.optimizer import (
   OptimizerOptions,
@@ -36,6 +41,9 @@ class StepConfig:
     loss: which loss.
     optimizer: the optimiser's numbers.
     steps_per_epoch: batches in an epoch.
+    unroll_layers: whether layers that are stacked in the state are written out
+      one after the other: no copies into stacks, several times as much to
+      compile.
   """
 
   model: ModelConfig
@@ -43,6 +51,7 @@ class StepConfig:
   loss: LossOptions
   optimizer: OptimizerOptions
   steps_per_epoch: int
+  unroll_layers: bool = False
 
 
 def sequence_loss(
@@ -57,10 +66,16 @@ def sequence_loss(
   """
 
   def run(params, images):
+    model, options = config.model, config.rollout
+    precision = options.step.precision
+    if precision.dtype != jnp.float32:
+      params = fold_norms(params)
     # Cast once, like autocast: gradients of frames are added up in the policy's
     # type, become float32, and are then summed over devices.
-    params = cast_params(params, config.rollout.step.precision)
-    return rollout(config.model, config.rollout, params, images)
+    params = cast_params(params, precision)
+    if model.scan_layers and config.unroll_layers:
+      model, params = model.replace(scan_layers=False), unstack_layers(params)
+    return rollout(model, options, params, images)
 
   memory, prediction = on_each_part(run)(params, batch["image"])
   depth, intrinsics, poses = (
