@@ -228,11 +228,20 @@ def test_a_dataset_without_samples_is_named():
     ("optimizer.freeze=('.*',)", "freeze leaves nothing to train"),
     ("mesh.fsdp=3", "fsdp=3 does not use 8 devices"),
     ("cuda_graphs=loops", "cuda_graphs is 'loops'.*none, bodies, all"),
+    ("unroll_layers=yes", "unroll_layers is 'yes'.*never, gpu, always"),
   ],
 )
 def test_runs_that_cannot_be_are_refused(argument, message):
   with pytest.raises(ConfigError, match=message):
     open_experiment(load("synthetic_tiny", argument))
+
+
+@pytest.mark.parametrize(
+  ("where", "written_out"), [("never", False), ("gpu", False), ("always", True)]
+)
+def test_layers_are_written_out_where_asked(where, written_out):
+  experiment = open_experiment(load("stage3_long", f"unroll_layers={where}"))
+  assert experiment.step.unroll_layers == written_out
 
 
 def test_epochs_become_steps():

@@ -10,6 +10,7 @@ import point3r_jax as p3r
 from point3r_jax.params import (
   cast_params,
   flat_shapes,
+  fold_norms,
   join_vectors,
   param_shapes,
   stack_layers,
@@ -68,6 +69,38 @@ def test_layouts_of_layers_are_inverse(host):
   leaf = stacked["encoder"]["blocks"]["mlp"]["hidden"]["kernel"]
   assert isinstance(leaf, np.ndarray if host else jax.Array)
   chex.assert_trees_all_equal(unstack_layers(stacked), params)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_norms_become_part_of_the_linear_maps_behind(stacked):
+  params = micro.scanned_params() if stacked else micro.params()
+  folded = fold_norms(params)
+  left = {
+    path.split("/")[-2]
+    for path in flat_shapes(folded)
+    if path.endswith("/scale")
+  }
+  assert left == {"norm", "pointer_norm"}  # No linear map alone reads these.
+  linear = ("decoder", "layers") if stacked else ("decoder", "layer_1")
+  block = params[linear[0]][linear[1]]["pointer_block"]
+  x = np.random.default_rng(0).standard_normal((5, 48)).astype(np.float32)
+  for part, name, norm in (
+    ("self_attention", "qkv", "self_norm"),
+    ("cross_attention", "query", "cross_norm"),
+    ("cross_attention", "key", "context_norm"),
+    ("cross_attention", "value", "context_norm"),
+    ("mlp", "hidden", "mlp_norm"),
+  ):
+    affine, before = block[norm], block[part][name]
+    after = folded[linear[0]][linear[1]]["pointer_block"][part][name]
+    if stacked:
+      affine, before, after = (
+        jax.tree.map(lambda leaf: leaf[1], x) for x in (affine, before, after)
+      )
+    expected = x * affine["scale"] + affine["bias"]
+    expected = expected @ before["kernel"] + before["bias"]
+    found = x @ after["kernel"] + after["bias"]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -80,8 +80,18 @@ def test_a_second_ctrl_c_ends_a_hung_program_at_once():
   assert error == "\ninterrupted again: ending at once\n"
 
 
-def test_ctrl_c_is_an_event_while_asked_for_and_no_longer(capsys):
-  handler = signal.getsignal(signal.SIGINT)
+@pytest.fixture
+def heeded_ctrl_c():
+  """Heeds SIGINT, which programs in the background of a shell ignore."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield signal.default_int_handler
+  signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_is_an_event_while_asked_for_and_no_longer(
+  capsys, heeded_ctrl_c
+):
+  handler = heeded_ctrl_c
   with common.stop_on_interrupt() as stop:
     assert not stop.wait(0.05)
     os.kill(os.getpid(), signal.SIGINT)

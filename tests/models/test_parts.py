@@ -1,5 +1,6 @@
 """Parts against their plain definitions."""
 
+import flax.linen as nn
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -252,3 +253,57 @@ def test_layers_of_one_kind_are_traced_once():
   ]
   assert len(blocks) == 5
   assert all(block is blocks[0] for block in blocks)
+
+
+@hypothesis.given(
+  rows=st.sampled_from([1, 63, 64, 70, 520, 1024, 3200]),
+  dtype=st.sampled_from(["float32", "bfloat16"]),
+)
+@hypothesis.settings(deadline=None, max_examples=14)
+def test_gradients_of_a_bias_are_sums_over_rows(rows, dtype):
+  rng = np.random.default_rng(rows)
+  gradient = jnp.asarray(rng.standard_normal((rows, 24)), dtype)
+  _, pullback = jax.vjp(
+    layers.add_bias, jnp.zeros((rows, 24), dtype), jnp.zeros(24, dtype)
+  )
+  of_y, of_bias = pullback(gradient)
+  np.testing.assert_array_equal(of_y, gradient)
+  expected = np.asarray(gradient, np.float64).sum(0)
+  rounding = 2e-7 if dtype == "float32" else 2**-8
+  error = np.abs(np.asarray(of_bias, np.float64) - expected)
+  np.testing.assert_array_less(error, rounding * (rows + np.abs(expected)))
+
+
+class _Block(nn.Module):
+  """What a block does before a linear map."""
+
+  compute: Compute
+
+  @nn.compact
+  def __call__(self, x):
+    """Normalises x."""
+    return layers._norm(self, "mlp_norm", x)
+
+
+@pytest.mark.parametrize(
+  ("precision", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.02)]
+)
+def test_norms_without_parameters_only_normalise(precision, tolerance):
+  """Values and gradients are those of the norm with scale 1 and bias 0."""
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(3 + 2 * rng.standard_normal((2, 7, 32)), jnp.float32)
+  weight = rng.standard_normal(x.shape).astype(np.float32)
+  block = _Block(Compute(get_precision(precision), remat="none"))
+  affine = {"mlp_norm": {"scale": jnp.ones(32), "bias": jnp.zeros(32)}}
+
+  def run(params):
+    def weighted(x):
+      y = block.apply({"params": params}, x)
+      return jnp.vdot(y.astype(jnp.float32), weight), y
+
+    return jax.grad(weighted, has_aux=True)(x)
+
+  (gradient, y), (expected_gradient, expected) = run({}), run(affine)
+  assert y.dtype == block.compute.dtype and expected.dtype == jnp.float32
+  np.testing.assert_allclose(y, expected, atol=tolerance, rtol=tolerance)
+  np.testing.assert_allclose(gradient, expected_gradient, atol=tolerance)

@@ -13,7 +13,12 @@ import pytest
 import point3r_jax as p3r
 from point3r_jax.convert.names import weight_table
 from point3r_jax.losses import LossOptions, point3r_loss
-from point3r_jax.params import merge, stack_layers, unstack_layers
+from point3r_jax.params import (
+  fold_norms,
+  merge,
+  stack_layers,
+  unstack_layers,
+)
 from point3r_jax.streaming import StepOptions
 from point3r_jax.training.optimizer import split_frozen
 from point3r_jax.training.rollout import RolloutOptions, rollout, segments
@@ -96,9 +101,19 @@ def test_truncation_is_two_halves_of_a_long_sequence():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["grad_small", "grad_small_frozen_encoder"])
-def test_weight_gradients_are_the_published_ones(name):
-  """Norms and entries of every weight's gradient, with fusion, through time."""
+@pytest.mark.parametrize(
+  ("name", "as_on_gpus"),
+  [
+    ("grad_small", False),
+    ("grad_small", True),
+    ("grad_small_frozen_encoder", False),
+  ],
+)
+def test_weight_gradients_are_the_published_ones(name, as_on_gpus):
+  """Norms and entries of every weight's gradient, with fusion, through time.
+
+  On GPUs, too, where norms are part of linear maps and layers written out.
+  """
   with np.load(goldens.FOLDER / f"{name}.npz") as file:
     golden = dict(file)
   meta = json.loads(str(golden["meta"]))
@@ -113,7 +128,11 @@ def test_weight_gradients_are_the_published_ones(name):
   @jax.jit
   @jax.value_and_grad
   def run(trained):
-    _, prediction = rollout(config, options, merge(trained, frozen), images)
+    model, params = config, merge(trained, frozen)
+    if as_on_gpus:
+      model = config.replace(scan_layers=False)
+      params = unstack_layers(fold_norms(params))
+    _, prediction = rollout(model, options, params, images)
     return point3r_loss(prediction, targets, LossOptions())[0]
 
   loss, gradient = run(trained)
