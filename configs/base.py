@@ -12,8 +12,8 @@ def get_config() -> ConfigDict:
   """Returns the defaults."""
   c = ConfigDict()
 
-  # The model: a preset of point3r_jax.config; scan_layers compiles in a
-  # fraction of the time.
+  # The model: a preset of point3r_jax.config; scan_layers stacks the parameters
+  # of like layers, see unroll_layers.
   c.model = ConfigDict()
   c.model.preset = "point3r_512"
   c.model.scan_layers = True

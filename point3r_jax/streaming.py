@@ -68,11 +68,11 @@ class StepOptions:
       saves the camera head; "camera" saves nothing but the copy, for pointers
       are made of world points.
     remat: for training, what the backward pass computes again instead of
-      keeping it: "none", "elementwise" (attention, norms and activations; keeps
-      the results of linear maps) or "blocks" (all but the blocks' inputs). Both
-      other than "none" compute the dense heads again. None is for inference:
-      there are derivatives, but under bfloat16 those of GELU's form with tanh,
-      and slower ones.
+      keeping it: "none", "elementwise" (all of a block but linear maps, cuDNN's
+      attention and norms without parameters) or "blocks" (all but the blocks'
+      inputs). Both other than "none" compute the dense heads again. None is for
+      inference: there are derivatives, but under bfloat16 those of GELU's form
+      with tanh, and slower ones.
   """
 
   precision: str | Precision | None = None

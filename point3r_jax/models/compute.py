@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from point3r_jax.models.attention import attention
 from point3r_jax.precision import Precision
 
-# What a backward pass computes again: nothing; all of a block but its linear
-# maps, and the dense heads; or whole blocks and dense heads.
+# What a backward pass computes again: nothing; all of a block but what `_keep`
+# names, and the dense heads; or whole blocks and dense heads.
 REMAT = ("none", "elementwise", "blocks")
 
 # Name of a block's normalised inputs, for what is kept.
@@ -22,7 +22,7 @@ NORMED = "normed"
 
 
 def _keep(primitive: Any, *operands, **params) -> bool:
-  """Keeps what is not elementwise: linear maps, norms, attention."""
+  """Keeps linear maps, norms that only normalise, and cuDNN's attention."""
   policies = jax.checkpoint_policies
   return (
     policies.dots_with_no_batch_dims_saveable(primitive, *operands, **params)

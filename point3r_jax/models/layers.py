@@ -20,24 +20,19 @@ from point3r_jax.models.rotary import RotaryTable, apply_rotary
 
 _EPSILON = 1e-6  # Of all LayerNorms.
 
-# Rows that are summed at once for the gradient of a bias, at most and at least.
-_MOST_ROWS, _LEAST_ROWS = 512, 64
+# Rows that are summed at once for the gradient of a bias, best ones first.
+_ROWS = (*range(512, 63, -8), *range(520, 1025, 8))
 
 
 def _sum_rows(x: jax.Array) -> jax.Array:
   """Sums x (…, C) over all but its last axis, to (C,) float32.
 
-  In 16 bits by a matrix product with ones. XLA joins a sum over rows with the
-  kernels that make them and then runs all of it on as many blocks as the sum
-  has: one in ten of what a GPU has room for.
+  By a matrix product with ones, eight rows of them, as kernels want it. XLA
+  joins a sum over rows with the kernels that make them and then runs all of it
+  on as many blocks as the sum has: one in ten of what a GPU has room for.
   """
   x = x.reshape(-1, x.shape[-1])
-  if x.dtype == jnp.float32:
-    return x.sum(axis=0)
-  rows = next(
-    (n for n in range(_MOST_ROWS, _LEAST_ROWS - 1, -8) if x.shape[0] % n == 0),
-    None,
-  )
+  rows = next((n for n in _ROWS if x.shape[0] % n == 0), None)
   if rows is None:
     return x.sum(axis=0, dtype=jnp.float32)
   ones = jnp.ones((x.shape[0] // rows, 8, rows), x.dtype)
@@ -49,9 +44,17 @@ def _sum_rows(x: jax.Array) -> jax.Array:
   return sums[:, 0].sum(axis=0)
 
 
-@jax.custom_vjp
 def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
-  """Adds a bias (C,) to y (…, C) of the same type."""
+  """Adds a bias (C,) to y (…, C) of the same type.
+
+  In 16 bits the gradient of the bias is summed by a matrix product, and there
+  is no forward-mode derivative.
+  """
+  return y + bias if y.dtype == jnp.float32 else _add_bias(y, bias)
+
+
+@jax.custom_vjp
+def _add_bias(y, bias):
   return y + bias
 
 
@@ -63,7 +66,7 @@ def _add_bias_backward(_, gradient):
   return gradient, _sum_rows(gradient).astype(gradient.dtype)
 
 
-add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+_add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
 class Linear(nn.Module):
@@ -121,7 +124,7 @@ def _normalize(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def _normalize_forward(x, dtype):
-  # XLA would lay channels out before tokens here, and copy to and fro.
+  # On GPUs XLA would lay channels out before tokens, and copy to and fro.
   x = with_layout_constraint(x, Layout(tuple(range(x.ndim))))
   mean = x.mean(axis=-1, keepdims=True)
   square = jnp.square(x).mean(axis=-1, keepdims=True)
@@ -145,12 +148,15 @@ _normalize.defvjp(_normalize_forward, _normalize_backward)
 def _norm(block: nn.Module, name: str, x: jax.Array) -> jax.Array:
   """Normalises a block's x (…, C) float32 for the linear map behind.
 
-  Where `params.fold_norms` made the norm's affine map a part of that linear
-  map, the norm has no parameters.
+  In training `params.fold_norms` may have made the norm's affine map a part of
+  that linear map: then the norm has no parameters, and the result is of the
+  policy's type. Otherwise it is float32.
   """
-  if block.is_initializing() or block.has_variable("params", name):
-    return layer_norm(block.compute, name)(x)
-  return _normalize(x, block.compute.dtype)
+  compute = block.compute
+  folded = not (block.is_initializing() or block.has_variable("params", name))
+  if folded and not compute.forward_only:
+    return _normalize(x, compute.dtype)
+  return layer_norm(compute, name)(x)
 
 
 def gelu(x: jax.Array, exact: bool = True) -> jax.Array:

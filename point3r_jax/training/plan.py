@@ -94,7 +94,8 @@ def step_flops(config: StepConfig, params: Any, batch: Any) -> int:
   """Counts the operations of the loss and its gradient.
 
   Those of matrix products and convolutions, at the memory's static sizes,
-  without what is computed again to save memory.
+  without what is computed again to save memory. Sums by products with ones are
+  among them: 0.2 % in 16 bits.
 
   Args:
     config: what to compute.
@@ -103,7 +104,7 @@ def step_flops(config: StepConfig, params: Any, batch: Any) -> int:
   """
   step = dataclasses.replace(config.rollout.step, attention="xla", remat="none")
   rollout = dataclasses.replace(config.rollout, step=step, remat_frames=False)
-  config = dataclasses.replace(config, rollout=rollout)
+  config = dataclasses.replace(config, rollout=rollout, unroll_layers=False)
   trained, frozen = split_frozen(params, config.optimizer.freeze)
 
   def gradient(trained, frozen, batch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import functools
 import logging
 import threading
@@ -38,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 def compiler_options(
   cuda_graphs: str = "none", platform: str | None = None
-) -> dict[str, bool | str] | None:
+) -> dict[str, bool | int | str] | None:
   """Returns XLA's options for training steps.
 
   Args:
@@ -213,6 +214,8 @@ def make_predict(
 
   They are (T, B, …), split over the devices along B.
   """
+  # A loop over layers compiles sooner, and there are no gradients to stack.
+  step = dataclasses.replace(experiment.step, unroll_layers=False)
 
   def predict(params, batch):
     # Python is here only when it is compiled.
@@ -220,7 +223,7 @@ def make_predict(
       "compiling the panel's predictions for %d views of %dx%d",
       *batch["depth"].shape[1:],
     )
-    _, (_, prediction) = sequence_loss(experiment.step, params, batch)
+    _, (_, prediction) = sequence_loss(step, params, batch)
     return prediction
 
   split = NamedSharding(experiment.mesh, PartitionSpec(None, AXES))

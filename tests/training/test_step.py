@@ -1,0 +1,38 @@
+"""The step as GPUs run it in 16 bits."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from point3r_jax.streaming import StepOptions
+from point3r_jax.training.step import sequence_loss
+from tests import micro
+from tests.training import batches
+
+
+@pytest.mark.slow
+def test_gradients_in_bfloat16_are_rounded_and_nothing_else():
+  """With norms in the linear maps behind, layers written out, and remat."""
+  exact = batches.step_config()
+  step = StepOptions(precision="bfloat16", remat="elementwise")
+  rounded = dataclasses.replace(
+    exact,
+    rollout=dataclasses.replace(exact.rollout, step=step),
+    unroll_layers=True,
+  )
+  batch = batches.batch(2, 3)
+
+  def gradient(config):
+    @jax.jit
+    @jax.grad
+    def run(params):
+      return sequence_loss(config, params, batch)[0]
+
+    leaves = jax.tree.leaves(run(micro.scanned_params()))
+    return np.concatenate([np.ravel(leaf) for leaf in leaves])
+
+  expected = gradient(exact)
+  error = np.linalg.norm(gradient(rounded) - expected)
+  assert 0 < error < 0.05 * np.linalg.norm(expected)
