@@ -68,7 +68,7 @@ def sequence_loss(
   def run(params, images):
     model, options = config.model, config.rollout
     precision = options.step.precision
-    if precision.dtype != jnp.float32:
+    if precision.dtype != jnp.float32 and options.step.remat is not None:
       params = fold_norms(params)
     # Cast once, like autocast: gradients of frames are added up in the policy's
     # type, become float32, and are then summed over devices.

@@ -12,6 +12,20 @@ from tests import micro
 from tests.training import batches
 
 
+@pytest.mark.parametrize("remat", [None, "none"])
+def test_the_loss_in_bfloat16_needs_no_backward_pass(remat):
+  config = batches.step_config()
+  step = StepOptions(precision="bfloat16", remat=remat)
+  config = dataclasses.replace(
+    config, rollout=dataclasses.replace(config.rollout, step=step)
+  )
+  loss, _ = jax.eval_shape(
+    lambda params: sequence_loss(config, params, batches.batch(1, 2)),
+    micro.scanned_params(),
+  )
+  assert loss.shape == ()
+
+
 @pytest.mark.slow
 def test_gradients_in_bfloat16_are_rounded_and_nothing_else():
   """With norms in the linear maps behind, layers written out, and remat."""
