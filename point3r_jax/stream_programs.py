@@ -19,6 +19,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from point3r_jax.config import ModelConfig
 from point3r_jax.memory import PointerMemory, grow, init_memory
+from point3r_jax.models.compute import GPU_OPTIONS
 from point3r_jax.params import JoinedParams, join_vectors
 from point3r_jax.streaming import (
   Prediction,
@@ -39,14 +40,6 @@ _AXIS = "stream"
 # cuDNN wants the kernels of 3×3 convolutions with their output channels first:
 # otherwise XLA transposes them every frame.
 _KERNEL_LAYOUT = Layout((3, 0, 1, 2))
-
-# cuBLAS adds bias and residual within a product, which XLA's own kernels do
-# not; to tune those takes half of the compilation. Merged products would have
-# their weights joined every frame.
-_GPU_OPTIONS = {
-  "xla_gpu_enable_triton_gemm": False,
-  "xla_gpu_dot_merger_threshold_mb": 0,
-}
 
 
 class _QuickTurns:
@@ -79,7 +72,7 @@ _quick_turns = _QuickTurns()
 
 def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
   gpu = jax.default_backend() == "gpu"
-  return lowered.compile(_GPU_OPTIONS if gpu else None)
+  return lowered.compile(GPU_OPTIONS if gpu else None)
 
 
 def _warn_of_failure(

@@ -234,7 +234,7 @@ class Experiment:
     platform = self.mesh.devices.flat[0].platform
     return dataclasses.replace(
       make_step_config(self.config),
-      unroll_layers=unroll == "always" or unroll == platform,
+      unroll_layers=unroll in ("always", platform),
     )
 
   @functools.cached_property

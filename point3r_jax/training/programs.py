@@ -14,6 +14,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from point3r_jax.errors import one_line
+from point3r_jax.models.compute import GPU_OPTIONS
 from point3r_jax.params import param_shapes
 from point3r_jax.streaming import Prediction
 from point3r_jax.training.experiment import CUDA_GRAPHS, Experiment
@@ -49,13 +50,8 @@ def compiler_options(
   if (platform or jax.default_backend()) != "gpu":
     return None
   return {
-    # A step has hundreds of different matrix products: Triton would tune each
-    # for longer than all else takes to compile.
-    "xla_gpu_enable_triton_gemm": False,
+    **GPU_OPTIONS,
     "xla_gpu_enable_command_buffer": _COMMANDS[cuda_graphs],
-    # Products with one operand in common are not made one: their others would
-    # have to be joined.
-    "xla_gpu_dot_merger_threshold_mb": 0,
     # Slices are kernels like any other. Otherwise the host computes where they
     # are, so that no graph can hold them; it prepares each for 0.25 ms before a
     # step's first kernel; and products that are kept in a loop's stack are
