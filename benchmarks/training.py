@@ -42,6 +42,8 @@ CASES = {
 # Dense bfloat16 operations a second, by the vendor's datasheet.
 PEAKS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12}
 
+# Fields of a config's `rollout` that flags change.
+_ROLLOUT = ("precision", "remat", "sizes", "unroll")
 _WARMUP = 2
 
 
@@ -82,6 +84,7 @@ def add_step_flags(parser: argparse.ArgumentParser) -> None:
   add("--precision", help="default: the stage's")
   add("--remat", help="default: the stage's")
   add("--sizes", type=int, help="default: the stage's")
+  add("--unroll", type=int, help="default: the stage's")
   add("--cuda_graphs", help="default: the stage's")
   add("--unroll_layers", help="default: the stage's")
   add(
@@ -108,7 +111,7 @@ def make_config(
   for field in ("cuda_graphs", "unroll_layers"):
     if getattr(flags, field) is not None:
       config[field] = getattr(flags, field)
-  for field in ("precision", "remat", "sizes"):
+  for field in _ROLLOUT:
     if getattr(flags, field) is not None:
       config.rollout[field] = getattr(flags, field)
   return config
@@ -156,7 +159,7 @@ def measure(experiment: Experiment, flags: argparse.Namespace) -> dict:
     "batch": config.batch_size,
     "views": config.views,
     "image_size": image_size,
-    **{x: config.rollout[x] for x in ("precision", "remat", "sizes")},
+    **{x: config.rollout[x] for x in _ROLLOUT},
     "cuda_graphs": config.cuda_graphs,
     "xla": dict(flags.xla),
     "unroll_layers": experiment.step.unroll_layers,

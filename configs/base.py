@@ -61,7 +61,8 @@ def get_config() -> ConfigDict:
   c.rollout.remat_frames = False
   c.rollout.truncate = 0
   c.rollout.capacity = 0  # 0: room for all pointers.
-  c.rollout.sizes = 2
+  c.rollout.sizes = 4
+  c.rollout.unroll = 2
 
   # The loss; see losses.LossOptions.
   c.loss = ConfigDict()

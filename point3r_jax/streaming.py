@@ -70,9 +70,9 @@ class StepOptions:
     remat: for training, what the backward pass computes again instead of
       keeping it: "none", "elementwise" (all of a block but linear maps, cuDNN's
       attention and norms without parameters) or "blocks" (all but the blocks'
-      inputs). Both other than "none" compute the dense heads again. None is for
-      inference: there are derivatives, but under bfloat16 those of GELU's form
-      with tanh, and slower ones.
+      inputs, and the dense heads). None is for inference: there are
+      derivatives, but under bfloat16 those of GELU's form with tanh, and slower
+      ones.
   """
 
   precision: str | Precision | None = None

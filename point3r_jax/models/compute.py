@@ -14,7 +14,7 @@ from point3r_jax.models.attention import attention
 from point3r_jax.precision import Precision
 
 # What a backward pass computes again: nothing; all of a block but what `_keep`
-# names, and the dense heads; or whole blocks and dense heads.
+# names; or whole blocks and the dense heads.
 REMAT = ("none", "elementwise", "blocks")
 
 # Name of a block's normalised inputs, for what is kept.
@@ -145,8 +145,8 @@ class Compute:
     return nn.remat(block, prevent_cse=not scanned, policy=keep)
 
   def remat_dense(self, head: type[nn.Module]) -> type[nn.Module]:
-    """Returns a dense head that keeps nothing if anything is computed again."""
-    if self.keeps_all:
+    """Returns a dense head that keeps nothing where blocks do not, either."""
+    if self.remat != "blocks":
       return head
     # Its maps are as large as the image: by far the most memory a FLOP.
     return nn.remat(head, static_argnums=(2,))

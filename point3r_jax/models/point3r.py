@@ -56,6 +56,7 @@ class FrameOutput:
     position: (B, N, 3) float32, the frame's own pointers.
     feature: (B, N, D) float32, their features.
     pose_slots: (B, S, 2D) float32, the rewritten pose memory.
+    maps: four token maps (B, N, ·) float32, what the dense heads read.
   """
 
   points_camera: jax.Array | None
@@ -66,6 +67,7 @@ class FrameOutput:
   position: jax.Array
   feature: jax.Array
   pose_slots: jax.Array
+  maps: tuple[jax.Array, ...]
 
 
 class Point3R(nn.Module):
@@ -161,9 +163,7 @@ class Point3R(nn.Module):
     points_world, confidence_world = point_map(raw_world)
     points_camera = confidence_camera = None
     if self.camera_head:
-      points_camera, confidence_camera = point_map(
-        self.camera_dense(maps, grid)
-      )
+      points_camera, confidence_camera = self.camera_points(maps, grid)
     position, feature = self._new_pointers(tokens, last, points_world, grid)
     self.sow("intermediates", "pose_query", query)
     self.sow("intermediates", "decoder_half", half)
@@ -177,7 +177,22 @@ class Point3R(nn.Module):
       position=position,
       feature=feature,
       pose_slots=slots,
+      maps=maps,
     )
+
+  def camera_points(
+    self, maps: tuple[jax.Array, ...], grid: tuple[int, int]
+  ) -> tuple[jax.Array, jax.Array]:
+    """Predicts the points in frames' own cameras, each frame by itself.
+
+    Args:
+      maps: of `FrameOutput`.
+      grid: (h, w) with h·w = N.
+
+    Returns:
+      Points (B, H, W, 3) and confidences (B, H, W), float32.
+    """
+    return point_map(self.camera_dense(maps, grid))
 
   def _decode(
     self, tokens: jax.Array, pose_query: jax.Array, context: Context

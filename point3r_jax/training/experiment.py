@@ -130,7 +130,8 @@ def make_step_config(config: ConfigDict) -> StepConfig:
   """
   rollout = config.rollout.to_dict()
   own = {
-    name: rollout.pop(name) for name in ("remat_frames", "truncate", "sizes")
+    name: rollout.pop(name)
+    for name in ("remat_frames", "truncate", "sizes", "unroll")
   }
   capacity = rollout.pop("capacity") or None
   try:

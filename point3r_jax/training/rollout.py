@@ -1,7 +1,8 @@
 """The recurrent model over whole sequences, as training runs it.
 
 Frames do not depend on each other in the encoder, so all of them are encoded at
-once; then `lax.scan` carries the pointer memory through them.
+once; then `lax.scan` carries the pointer memory through them; then all of them
+are given to the camera head, which the memory does not depend on.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ class RolloutOptions:
     sizes: in how many sizes, at most, the valid part of the memory is compiled.
       A frame cannot see more pointers than the frames before it left, so early
       frames need not compute on the whole capacity.
+    unroll: frames in a row that see the same size are a loop if they are more
+      than this; so many are written out, and what the backward pass needs of
+      them is not copied into stacks.
   """
 
   step: StepOptions
@@ -44,13 +48,14 @@ class RolloutOptions:
   remat_frames: bool = False
   truncate: int = 0
   sizes: int = 8
+  unroll: int = 1
 
   def __post_init__(self):
     """Refuses numbers without meaning."""
-    if self.truncate < 0 or self.sizes < 1:
+    if self.truncate < 0 or self.sizes < 1 or self.unroll < 1:
       raise ValueError(
-        f"truncate must be at least 0 and sizes at least 1, got "
-        f"{self.truncate} and {self.sizes}"
+        f"truncate must be at least 0, sizes and unroll at least 1, got "
+        f"{self.truncate}, {self.sizes} and {self.unroll}"
       )
 
 
@@ -109,6 +114,9 @@ def rollout(
   grid = config.grid(image_size)
   num_tokens = grid[0] * grid[1]
   model = build_model(config, options.step)
+  recurrent = build_model(
+    config, dataclasses.replace(options.step, heads="world")
+  )
   if memory is None:
     capacity = options.capacity or frames * num_tokens
     memory = init_memory(config, batch, image_size, capacity)
@@ -118,7 +126,7 @@ def rollout(
 
   index = jnp.arange(frames)
 
-  def run(visible: int, scanned: bool):
+  def run(visible: int, looped: bool):
     def frame(memory, inputs):
       tokens, index = inputs
       if options.truncate:
@@ -131,16 +139,20 @@ def rollout(
         position=context.position[:, :visible],
         feature=context.feature[:, :visible],
       )
-      output = model.apply({"params": params}, tokens, context, grid)
-      return advance(memory, output, options.step)
+      output = recurrent.apply({"params": params}, tokens, context, grid)
+      memory, prediction = advance(memory, output, options.step)
+      return memory, (prediction, output.maps[1:])
 
     if options.remat_frames:
-      # The compiler may merge what is run again with its first run only where
-      # a loop of one turn becomes none.
-      return jax.checkpoint(frame, prevent_cse=not scanned)
+      # Only outside of loops could the compiler merge what is run again with
+      # its first run.
+      return jax.checkpoint(frame, prevent_cse=not looped)
     return frame
 
-  predictions = []
+  def camera_points(maps):
+    return model.apply({"params": params}, maps, grid, method="camera_points")
+
+  results = []
   with jax.default_matmul_precision(options.step.precision.matmul):
     tokens = model.apply(
       {"params": params},
@@ -149,10 +161,27 @@ def rollout(
     )
     tokens = tokens.reshape(batch, frames, *tokens.shape[1:]).swapaxes(0, 1)
     for start, stop, visible in parts:
-      memory, prediction = jax.lax.scan(
-        run(visible, stop - start > 1),
+      looped = stop - start > options.unroll
+      memory, result = jax.lax.scan(
+        run(visible, looped),
         memory,
         (tokens[start:stop], index[start:stop]),
+        unroll=not looped,
       )
-      predictions.append(prediction)
-  return memory, jax.tree.map(lambda *x: jnp.concatenate(x), *predictions)
+      results.append(result)
+    predictions, maps = jax.tree.map(lambda *x: jnp.concatenate(x), *results)
+    if options.step.heads == "world":
+      return memory, predictions
+    maps = (tokens, *maps)
+    if options.remat_frames:
+      remat = jax.checkpoint(camera_points, prevent_cse=False)
+      points, confidence = jax.lax.map(remat, maps)
+    else:
+      maps = (x.reshape(-1, *x.shape[2:]) for x in maps)
+      points, confidence = (
+        x.reshape(frames, batch, *x.shape[1:])
+        for x in camera_points(tuple(maps))
+      )
+  return memory, predictions.replace(
+    points_camera=points, confidence_camera=confidence
+  )

@@ -51,15 +51,22 @@ def test_segments_hold_what_may_be_there(frames, capacity, sizes, expected):
 
 
 @pytest.mark.parametrize(
-  "fusion", [True, pytest.param(False, marks=pytest.mark.slow)]
+  ("fusion", "other"),
+  [
+    (True, {}),
+    pytest.param(False, {}, marks=pytest.mark.slow),
+    pytest.param(True, {"unroll": 3}, marks=pytest.mark.slow),
+    pytest.param(True, {"remat_frames": True}, marks=pytest.mark.slow),
+  ],
 )
-def test_rollout_is_the_scan(fusion):
+def test_rollout_is_the_scan(fusion, other):
   images = micro.images(4, 2)
   memory = p3r.init_memory(micro.CONFIG, 2, micro.IMAGE_SIZE, 24)
   expected = p3r.scan(
     micro.CONFIG, micro.params(), memory, images, fusion=fusion
   )
-  options = RolloutOptions(dataclasses.replace(STEP, fusion=fusion), sizes=2)
+  step = dataclasses.replace(STEP, fusion=fusion)
+  options = RolloutOptions(step, sizes=2, **other)
   run = jax.jit(lambda params: rollout(CONFIG, options, params, batch))
   batch = images.swapaxes(0, 1)
   result = run(stack_layers(micro.params()))
