@@ -12,7 +12,23 @@ from flax.linen.dtypes import promote_dtype
 
 from point3r_jax.config import ModelConfig
 from point3r_jax.models.compute import Compute
-from point3r_jax.models.layers import Linear, add_bias
+from point3r_jax.models.layers import Linear, add_bias, sum_products
+
+
+@jax.custom_jvp
+def relu(x: jax.Array) -> jax.Array:
+  """Rectifies; the derivative is told from the result, not from x.
+
+  So x need not be kept, and is not even made where a convolution rectifies.
+  """
+  return jnp.maximum(x, 0)
+
+
+@relu.defjvp
+def _relu_jvp(primals, tangents):
+  y = relu(*primals)
+  # XLA would take y > 0 for x > 0, and make x.
+  return y, jnp.where(y != 0, tangents[0], 0)
 
 
 class Conv(nn.Module):
@@ -50,6 +66,67 @@ class Conv(nn.Module):
     return x
 
 
+def _two_numbers(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """Writes x (…, n) float32 as sums of two numbers of 16 bits: (…, 2n).
+
+  The first n are x rounded, the others what is missing.
+  """
+  kind = jnp.finfo(dtype)
+  rounded = jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
+  return jnp.concatenate([rounded, x - rounded], axis=-1).astype(dtype)
+
+
+@jax.custom_vjp
+def _read_out(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Multiplies x (…, K) in 16 bits by a kernel (K, n) float32, n small.
+
+  Products of float32 would first copy x, and are slow with few columns.
+  """
+  features = kernel.shape[-1]
+  kernel = _two_numbers(kernel, x.dtype)
+  # More columns, of zeros, than needed: kernels for so many are faster.
+  kernel = jnp.pad(kernel, ((0, 0), (0, -2 * features % 16)))
+  y = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+  return y[..., :features] + y[..., features : 2 * features]
+
+
+def _read_out_forward(x, kernel):
+  return _read_out(x, kernel), (x, kernel)
+
+
+def _read_out_backward(saved, gradient):
+  x, kernel = saved
+  channels, features = kernel.shape
+  to_x = sum(gradient[..., i, None] * kernel[:, i] for i in range(features))
+  to_kernel = sum_products(x, _two_numbers(gradient, x.dtype))
+  to_kernel = to_kernel.reshape(channels, 2, features).sum(axis=1)
+  return to_x.astype(x.dtype), to_kernel
+
+
+_read_out.defvjp(_read_out_forward, _read_out_backward)
+
+
+class Readout(nn.Module):
+  """A rectified linear unit, then a linear map to a few channels in float32.
+
+  Attributes:
+    features: output channels.
+  """
+
+  features: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps x (…, K) to (…, features) float32."""
+    zeros = nn.initializers.zeros
+    kernel = self.param("kernel", zeros, (x.shape[-1], self.features))
+    bias = self.param("bias", zeros, (self.features,))
+    x = relu(x)
+    if x.dtype == jnp.float32:
+      return jnp.matmul(x, kernel, precision="highest") + bias
+    return _read_out(x, kernel) + bias
+
+
 class TransposedConv(nn.Module):
   """A transposed convolution whose stride is its kernel's side: no overlaps.
 
@@ -75,8 +152,34 @@ class TransposedConv(nn.Module):
     return x.reshape(batch, self.scale * height, self.scale * width, channels)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _double(x: jax.Array, axis: int) -> jax.Array:
   """Doubles an axis of n by linear interpolation with ends aligned.
+
+  Position i of the result lies at i·(n-1)/(2n-1). Rows are gathered: compilers
+  make that one kernel, which runs twice as fast as one of shifted rows.
+  """
+  size = x.shape[axis]
+  low, rest = np.divmod(np.arange(2 * size) * (size - 1), 2 * size - 1)
+  high = np.minimum(low + 1, size - 1)
+  shape = np.ones(x.ndim, int)
+  shape[axis] = 2 * size
+  share = (rest / (2 * size - 1)).astype(np.float32).reshape(shape)
+  low, high = (
+    jnp.take(x, rows, axis, mode="clip").astype(jnp.float32)
+    for rows in (low, high)
+  )
+  return (low + share * (high - low)).astype(x.dtype)
+
+
+@_double.defjvp
+def _double_jvp(axis, primals, tangents):
+  # The transpose of a gathering would be a scattering.
+  return _double(*primals, axis), _double_by_shifts(*tangents, axis)
+
+
+def _double_by_shifts(x: jax.Array, axis: int) -> jax.Array:
+  """The same by shifted rows, whose transpose is sums of rows.
 
   Position 2j of the result lies j/(2n-1) before j, position 2j+1 lies
   (n-1-j)/(2n-1) behind it.
@@ -101,7 +204,7 @@ def _double(x: jax.Array, axis: int) -> jax.Array:
 def upsample(x: jax.Array, keep: tuple[int, int] | None = None) -> jax.Array:
   """Doubles a map (B, h, w, K) bilinearly with corners aligned.
 
-  Shifts, sums and an interleaving: a kernel an axis on GPUs.
+  A kernel an axis on GPUs.
 
   Args:
     x: (B, h, w, K).
@@ -122,8 +225,8 @@ class ResidualConv(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps x (B, h, w, K) to the same shape."""
-    y = Conv(x.shape[-1], self.dtype, name="conv_0")(nn.relu(x))
-    y = Conv(x.shape[-1], self.dtype, name="conv_1")(nn.relu(y))
+    y = Conv(x.shape[-1], self.dtype, name="conv_0")(relu(x))
+    y = Conv(x.shape[-1], self.dtype, name="conv_1")(relu(y))
     return x + y
 
 
@@ -200,4 +303,4 @@ class DenseHead(nn.Module):
       x = Refine(dtype, name=f"refine_{k}")(x, layers[k])
     x = Conv(config.dpt_features // 2, dtype, name="head_0")(x)
     x = Conv(config.dpt_head_width, dtype, name="head_1")(upsample(x))
-    return Linear(4, jnp.float32, "highest", name="head_2")(nn.relu(x))
+    return Readout(4, name="head_2")(x)

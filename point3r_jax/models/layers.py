@@ -20,8 +20,26 @@ from point3r_jax.models.rotary import RotaryTable, apply_rotary
 
 _EPSILON = 1e-6  # Of all LayerNorms.
 
-# Rows that are summed at once for the gradient of a bias, best ones first.
+# Rows that are summed at once for the gradient of a weight, best ones first.
 _ROWS = (*range(512, 63, -8), *range(520, 1025, 8))
+
+
+def _rows_at_once(rows: int) -> int | None:
+  """Returns how many of so many rows to sum at once, if they can be divided."""
+  return next((n for n in _ROWS if rows % n == 0), None)
+
+
+def sum_products(x: jax.Array, y: jax.Array) -> jax.Array:
+  """Sums products over rows: x (…, K), y (…, n) to xᵀ·y (K, n) float32.
+
+  For small K and n: as many products as there are blocks of rows, and their
+  sum, where one product would leave most of a GPU idle.
+  """
+  x, y = (z.reshape(-1, z.shape[-1]) for z in (x, y))
+  rows = _rows_at_once(x.shape[0]) or x.shape[0]
+  x, y = (z.reshape(-1, rows, z.shape[-1]) for z in (x, y))
+  parts = jnp.einsum("brk,brn->bkn", x, y, preferred_element_type=jnp.float32)
+  return parts.sum(axis=0)
 
 
 def _sum_rows(x: jax.Array) -> jax.Array:
@@ -32,7 +50,7 @@ def _sum_rows(x: jax.Array) -> jax.Array:
   on as many blocks as the sum has: one in ten of what a GPU has room for.
   """
   x = x.reshape(-1, x.shape[-1])
-  rows = next((n for n in _ROWS if x.shape[0] % n == 0), None)
+  rows = _rows_at_once(x.shape[0])
   if rows is None:
     return x.sum(axis=0, dtype=jnp.float32)
   ones = jnp.ones((x.shape[0] // rows, 8, rows), x.dtype)
@@ -259,7 +277,7 @@ class SelfAttention(nn.Module):
       3 * width, self.compute.dtype, sums=self.compute.inner_sums, name="qkv"
     )(x)
     qkv = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
-    query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    query, key, value = jnp.unstack(qkv, axis=2)
     query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
     x = self.compute.attend(query, key, value, length, length)
     return _projection(self.compute, width)(x.reshape(batch, tokens, width))

@@ -123,6 +123,58 @@ def test_upsample_keeps_constants_in_bfloat16():
   np.testing.assert_array_equal(dpt.upsample(x).astype(np.float32), 3.0)
 
 
+def test_derivatives_of_upsample_are_its_own():
+  """It is linear: its tangent is itself, and its gradient its transpose."""
+  rng = np.random.default_rng(0)
+  x, tangent = rng.standard_normal((2, 1, 3, 4, 2)).astype(np.float32)
+  weight = rng.standard_normal((1, 6, 8, 2)).astype(np.float32)
+  _, pushed = jax.jvp(dpt.upsample, [x], [tangent])
+  np.testing.assert_allclose(pushed, dpt.upsample(tangent), atol=1e-6)
+  gradient = jax.grad(lambda x: jnp.vdot(dpt.upsample(x), weight))(x)
+  columns = jax.vmap(dpt.upsample)(jnp.eye(x.size).reshape(-1, *x.shape))
+  expected = jnp.tensordot(columns, weight, axes=weight.ndim)
+  np.testing.assert_allclose(gradient.ravel(), expected, atol=1e-5)
+
+
+def test_relu_has_no_slope_at_zero():
+  x = jnp.asarray([-2.0, -0.0, 0.0, 3.0])
+  np.testing.assert_array_equal(dpt.relu(x), [0, 0, 0, 3])
+  slope = jax.grad(lambda x: dpt.relu(x).sum())(x)
+  np.testing.assert_array_equal(slope, [0, 0, 0, 1])
+
+
+@pytest.mark.parametrize("pixels", [64, 7])
+def test_maps_in_16_bits_are_read_out_in_float32(pixels):
+  """Products with a kernel in float32, as are gradients."""
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.standard_normal((2, pixels, 5, 32)), jnp.bfloat16)
+  params = {
+    "kernel": jnp.asarray(rng.standard_normal((32, 4)), jnp.float32),
+    "bias": jnp.asarray(rng.standard_normal(4), jnp.float32),
+  }
+  weight = rng.standard_normal((2, pixels, 5, 4)).astype(np.float32)
+  head = dpt.Readout(4)
+
+  def run(params, x):
+    y = head.apply({"params": params}, x)
+    return jnp.vdot(y, weight), y
+
+  def both(x):
+    return jax.grad(run, argnums=(0, 1), has_aux=True)(params, x)
+
+  (of_params, of_x), y = both(x)
+  (expected_of_params, expected_of_x), expected = both(x.astype(jnp.float32))
+  assert y.dtype == jnp.float32
+  np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+  for name, gradient in of_params.items():
+    np.testing.assert_allclose(
+      gradient, expected_of_params[name], rtol=1e-4, atol=1e-3
+    )
+  np.testing.assert_allclose(
+    of_x.astype(np.float32), expected_of_x, rtol=2**-8, atol=1e-6
+  )
+
+
 def test_patchify_is_row_major():
   image = jnp.arange(2 * 6).reshape(1, 2, 6, 1)
   patches = patchify(image, 2)
