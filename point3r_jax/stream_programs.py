@@ -19,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from point3r_jax.config import ModelConfig
 from point3r_jax.memory import PointerMemory, grow, init_memory
-from point3r_jax.models.compute import GPU_OPTIONS
+from point3r_jax.models.compute import GPU_OPTIONS, GRAPH_COMMANDS
 from point3r_jax.params import JoinedParams, join_vectors
 from point3r_jax.streaming import (
   Prediction,
@@ -36,6 +36,14 @@ Step = Callable[..., tuple[PointerMemory, Prediction]]
 
 # The mesh's axis, along which streams are divided among devices.
 _AXIS = "stream"
+
+# A frame is one CUDA graph. In it runs side by side what does not depend on the
+# other: both streams of the decoders, the heads. Their buffers share no place.
+_OPTIONS = {
+  **GPU_OPTIONS,
+  "xla_gpu_enable_command_buffer": GRAPH_COMMANDS,
+  "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+}
 
 # cuDNN wants the kernels of 3×3 convolutions with their output channels first:
 # otherwise XLA transposes them every frame.
@@ -72,7 +80,7 @@ _quick_turns = _QuickTurns()
 
 def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
   gpu = jax.default_backend() == "gpu"
-  return lowered.compile(GPU_OPTIONS if gpu else None)
+  return lowered.compile(_OPTIONS if gpu else None)
 
 
 def _warn_of_failure(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import point3r_jax as p3r
+from point3r_jax import stream_programs
 from point3r_jax.models.attention import attention
 from tests import goldens
 
@@ -108,6 +109,26 @@ def test_reference_numbers(precision, tolerance):
       prediction.pointer_count[frame],
       golden.arrays[f"frame{frame}/pointer_count"],
     )
+
+
+def test_kernels_side_by_side_are_the_same_function(monkeypatch):
+  """A frame's CUDA graph knows what waits for what."""
+  config, image_size = p3r.preset("point3r_512"), (384, 512)
+  params = p3r.init_params(config)
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (8, *image_size, 3), np.uint8)
+  results = []
+  for mode in ("CONCURRENT", "SERIALIZE"):
+    monkeypatch.setitem(
+      stream_programs._OPTIONS, "xla_gpu_command_buffer_scheduling_mode", mode
+    )
+    stream = p3r.Stream(config, params, image_size, precision="bfloat16")
+    results.append([jax.device_get(stream(image)) for image in images])
+  for side_by_side, one_by_one in zip(*results, strict=True):
+    for name in ("points_camera", "points_world", "pose"):
+      found, expected = (getattr(x, name) for x in (side_by_side, one_by_one))
+      error = np.linalg.norm(found - expected)
+      assert error < 0.01 * np.linalg.norm(expected), name
 
 
 def test_full_size_stream_in_bfloat16_is_close_to_float32():

@@ -29,6 +29,11 @@ GPU_OPTIONS = {
   "xla_gpu_dot_merger_threshold_mb": 0,
 }
 
+# What CUDA graphs may hold of such a program: all but loops.
+GRAPH_COMMANDS = (
+  "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONVOLUTION,DYNAMIC_SLICE_FUSION"
+)
+
 
 def _keep(primitive: Any, *operands, **params) -> bool:
   """Keeps linear maps, norms that only normalise, and cuDNN's attention."""

@@ -14,7 +14,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from point3r_jax.errors import one_line
-from point3r_jax.models.compute import GPU_OPTIONS
+from point3r_jax.models.compute import GPU_OPTIONS, GRAPH_COMMANDS
 from point3r_jax.params import param_shapes
 from point3r_jax.streaming import Prediction
 from point3r_jax.training.experiment import CUDA_GRAPHS, Experiment
@@ -29,10 +29,12 @@ Shape = tuple[int, int, int]
 _POLL = 0.5
 
 # XLA's commands that CUDA graphs may hold, by a config's `cuda_graphs`.
-_BODIES = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONVOLUTION"
-_LOOPS = "CONDITIONAL,WHILE"
 _COMMANDS = dict(
-  zip(CUDA_GRAPHS, ("", _BODIES, f"{_BODIES},{_LOOPS}"), strict=True)
+  zip(
+    CUDA_GRAPHS,
+    ("", GRAPH_COMMANDS, f"{GRAPH_COMMANDS},CONDITIONAL,WHILE"),
+    strict=True,
+  )
 )
 
 _log = logging.getLogger(__name__)
