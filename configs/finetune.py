@@ -9,8 +9,8 @@ The published run: 8 GPUs with 1 sequence each, 3250 steps an epoch, 10 epochs.
 
 Expected: weights near the released ones that suit these data, or yours, better.
 No scores are known of what the published run gave; with data it was not run
-here. A step costs what it does in stage 3, 270 ms at the largest shape: at that
-rate 2.5 hours on eight H200.
+here. A step costs what it does in stage 3, 216 ms at the largest shape: at that
+rate 2 hours on eight H200.
 """
 
 from ml_collections import ConfigDict
