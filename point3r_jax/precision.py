@@ -14,8 +14,9 @@ class Precision:
 
   Residual streams, LayerNorm, softmax, positions, rotary arithmetic, patch
   embeddings, fusion, the pose head, the dense heads' last layer and the heads'
-  activations are float32 in full precision under every policy. GELUs between
-  bfloat16 products are exact only where a backward pass is to come: see
+  activations are float32 in full precision under every policy; but where dense
+  heads are bfloat16 the kernel of their last layer counts to 16 bits. GELUs
+  between bfloat16 products are exact only where a backward pass is to come: see
   `models.layers.gelu`.
 
   Attributes:

@@ -29,7 +29,8 @@ GPU_OPTIONS = {
   "xla_gpu_dot_merger_threshold_mb": 0,
 }
 
-# What CUDA graphs may hold of such a program: all but loops.
+# What CUDA graphs may hold of such a program: all but loops, conditionals and
+# what devices send each other.
 GRAPH_COMMANDS = (
   "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONVOLUTION,DYNAMIC_SLICE_FUSION"
 )

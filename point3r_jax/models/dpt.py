@@ -66,24 +66,25 @@ class Conv(nn.Module):
     return x
 
 
-def _two_numbers(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """Writes x (…, n) float32 as sums of two numbers of 16 bits: (…, 2n).
+def _two_numbers(x: jax.Array) -> jax.Array:
+  """Writes x (…, n) float32 as sums of two bfloat16 numbers: (…, 2n).
 
-  The first n are x rounded, the others what is missing.
+  The first n are x rounded, the others what is missing, to 16 bits together.
   """
-  kind = jnp.finfo(dtype)
+  kind = jnp.finfo(jnp.bfloat16)
   rounded = jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
-  return jnp.concatenate([rounded, x - rounded], axis=-1).astype(dtype)
+  return jnp.concatenate([rounded, x - rounded], axis=-1).astype(jnp.bfloat16)
 
 
 @jax.custom_vjp
 def _read_out(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """Multiplies x (…, K) in 16 bits by a kernel (K, n) float32, n small.
+  """Multiplies x (…, K) bfloat16 by a kernel (K, n), n small, to float32.
 
-  Products of float32 would first copy x, and are slow with few columns.
+  Products of float32 would first copy x, and are slow with few columns. So the
+  kernel, and for its own gradient that of the result, count to 16 bits.
   """
   features = kernel.shape[-1]
-  kernel = _two_numbers(kernel, x.dtype)
+  kernel = _two_numbers(kernel)
   # More columns, of zeros, than needed: kernels for so many are faster.
   kernel = jnp.pad(kernel, ((0, 0), (0, -2 * features % 16)))
   y = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
@@ -98,9 +99,9 @@ def _read_out_backward(saved, gradient):
   x, kernel = saved
   channels, features = kernel.shape
   to_x = sum(gradient[..., i, None] * kernel[:, i] for i in range(features))
-  to_kernel = sum_products(x, _two_numbers(gradient, x.dtype))
+  to_kernel = sum_products(x, _two_numbers(gradient))
   to_kernel = to_kernel.reshape(channels, 2, features).sum(axis=1)
-  return to_x.astype(x.dtype), to_kernel
+  return to_x.astype(x.dtype), to_kernel.astype(kernel.dtype)
 
 
 _read_out.defvjp(_read_out_forward, _read_out_backward)
@@ -122,9 +123,10 @@ class Readout(nn.Module):
     kernel = self.param("kernel", zeros, (x.shape[-1], self.features))
     bias = self.param("bias", zeros, (self.features,))
     x = relu(x)
-    if x.dtype == jnp.float32:
-      return jnp.matmul(x, kernel, precision="highest") + bias
-    return _read_out(x, kernel) + bias
+    if x.dtype == jnp.bfloat16:
+      return _read_out(x, kernel) + bias
+    x = x.astype(jnp.float32)
+    return jnp.matmul(x, kernel, precision="highest") + bias
 
 
 class TransposedConv(nn.Module):

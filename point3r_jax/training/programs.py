@@ -212,8 +212,11 @@ def make_predict(
 
   They are (T, B, …), split over the devices along B.
   """
-  # A loop over layers compiles sooner, and there are no gradients to stack.
-  step = dataclasses.replace(experiment.step, unroll_layers=False)
+  # Loops compile sooner, and there are no gradients to stack.
+  loops = dataclasses.replace(experiment.step.rollout, unroll=1)
+  step = dataclasses.replace(
+    experiment.step, rollout=loops, unroll_layers=False
+  )
 
   def predict(params, batch):
     # Python is here only when it is compiled.

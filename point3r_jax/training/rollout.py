@@ -32,8 +32,9 @@ class RolloutOptions:
     step: options of each step.
     capacity: C, room for pointers; None: for all that T frames can leave, so
       that none is ever merged for lack of room.
-    remat_frames: keep the memory between frames only, and run each frame again
-      in the backward pass: memory that hardly grows with T.
+    remat_frames: keep the memory and what the camera head reads between frames
+      only, and run each frame again in the backward pass: memory that hardly
+      grows with T.
     truncate: stop gradients between chunks of this many frames; 0: never.
     sizes: in how many sizes, at most, the valid part of the memory is compiled.
       A frame cannot see more pointers than the frames before it left, so early

@@ -73,10 +73,59 @@ def test_rollout_is_the_scan(fusion, other):
   chex.assert_trees_all_close(result, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("heads", ["both", "camera", "world"])
+def test_rollout_gives_the_maps_asked_for(heads):
+  options = RolloutOptions(dataclasses.replace(STEP, heads=heads), sizes=1)
+  images = jnp.zeros((2, 3, *micro.IMAGE_SIZE, 3), jnp.uint8)
+  _, prediction = jax.eval_shape(
+    lambda params: rollout(CONFIG, options, params, images),
+    stack_layers(micro.params()),
+  )
+  shape = (3, 2, *micro.IMAGE_SIZE)
+  for frame in ("camera", "world"):
+    wanted = heads in ("both", frame)
+    points = getattr(prediction, f"points_{frame}")
+    confidence = getattr(prediction, f"confidence_{frame}")
+    assert (points is not None) == (confidence is not None) == wanted
+    if wanted:
+      chex.assert_shape((points, confidence), ((*shape, 3), shape))
+
+
 def mean_square(predictions) -> jax.Array:
   """A loss that is a sum over frames of what each of them predicts."""
   points = predictions.points_world, predictions.points_camera
   return sum(jnp.sum(jnp.square(x)) / x[0].size for x in points)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("remat", "other"),
+  [
+    ("blocks", {"sizes": 2, "unroll": 2}),
+    ("elementwise", {"sizes": 2, "remat_frames": True}),
+  ],
+)
+def test_gradients_are_those_of_the_scan(remat, other):
+  """Whatever is kept, looped or computed again."""
+  images = micro.images(4, 2)
+  memory = p3r.init_memory(CONFIG, 2, micro.IMAGE_SIZE, 24)
+  step = dataclasses.replace(STEP, remat=remat)
+  options = RolloutOptions(step, capacity=24, **other)
+
+  @jax.jit
+  @jax.grad
+  def expected(params):
+    return mean_square(p3r.scan(CONFIG, params, memory, images)[1])
+
+  @jax.jit
+  @jax.grad
+  def found(params):
+    return mean_square(
+      rollout(CONFIG, options, params, images.swapaxes(0, 1))[1]
+    )
+
+  params = stack_layers(micro.params())
+  assert_close(found(params), expected(params), 1e-4)
 
 
 @pytest.mark.slow
