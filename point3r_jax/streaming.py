@@ -153,6 +153,8 @@ def read_memory(memory: PointerMemory, unread: int = 0) -> Context:
     unread: rows at its end that are known to hold no pointers.
   """
   rows = memory.capacity - unread
+  # Products in 16 bits want them in eights; otherwise each would pad by itself.
+  rows = min(rows + -rows % 8, memory.capacity)
   return Context(
     position=memory.position[:, :rows],
     feature=memory.feature[:, :rows],

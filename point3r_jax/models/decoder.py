@@ -59,7 +59,7 @@ def decoder_rotary(
     return disable_where(table, first)
 
   return DecoderRotary(
-    image=surround_by_identity(build(image_position), padding),
+    image=surround_by_identity(build(image_position), 1, padding),
     pointers=build(pointer_position),
   )
 

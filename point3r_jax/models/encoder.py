@@ -12,7 +12,7 @@ from point3r_jax.models.layers import (
   Linear,
   layer_norm,
 )
-from point3r_jax.models.rotary import rotary_2d
+from point3r_jax.models.rotary import rotary_2d, surround_by_identity
 
 
 def patchify(image: jax.Array, patch: int) -> jax.Array:
@@ -55,6 +55,13 @@ class VisionTransformer(nn.Module):
       patchify(image, self.patch_size)
     )
     rotary = rotary_2d(grid, self.width // self.heads)
+    tokens, length = x.shape[1], None
+    # Batches of training are whole blocks of rows without.
+    padding = self.compute.forward_only and -tokens % self.compute.token_block
+    if padding:
+      length = jnp.full(x.shape[:1], tokens, jnp.int32)
+      x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
+      rotary = surround_by_identity(rotary, 0, padding)
 
     def block(name: str) -> EncoderBlock:
       encoder_block = self.compute.remat_block(EncoderBlock, self.scan_layers)
@@ -62,7 +69,7 @@ class VisionTransformer(nn.Module):
 
     if self.scan_layers:
       scanned = nn.scan(
-        lambda module, carry: (module(carry, rotary), None),
+        lambda module, carry: (module(carry, rotary, length), None),
         variable_axes={"params": 0},
         split_rngs={"params": True},
         length=self.depth,
@@ -70,5 +77,5 @@ class VisionTransformer(nn.Module):
       x, _ = scanned(block("blocks"), x)
     else:
       for layer in range(self.depth):
-        x = block(f"block_{layer}")(x, rotary)
-    return layer_norm(self.compute, "norm")(x)
+        x = block(f"block_{layer}")(x, rotary, length)
+    return layer_norm(self.compute, "norm")(x[:, :tokens])

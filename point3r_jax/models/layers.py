@@ -336,11 +336,23 @@ class EncoderBlock(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, rotary: RotaryTable | None = None
+    self,
+    x: jax.Array,
+    rotary: RotaryTable | None = None,
+    length: jax.Array | None = None,
   ) -> jax.Array:
-    """Maps x (B, N, D) float32 to the same shape and type."""
+    """Maps x to the same shape and type.
+
+    Args:
+      x: (B, N, D) float32.
+      rotary: table of the N positions, or None.
+      length: (B,) valid prefix of x, or None for all.
+
+    Returns:
+      (B, N, D) float32. Rows beyond `length` are finite and without meaning.
+    """
     x = x + SelfAttention(self.heads, self.compute, name="attention")(
-      _norm(self, "attention_norm", x), rotary
+      _norm(self, "attention_norm", x), rotary, length
     )
     mlp = _mlp(self.compute, self.mlp_ratio, x.shape[-1])
     return x + mlp(_norm(self, "mlp_norm", x))

@@ -104,9 +104,11 @@ def disable_where(table: RotaryTable, disabled: jax.Array) -> RotaryTable:
   )
 
 
-def surround_by_identity(table: RotaryTable, after: int = 0) -> RotaryTable:
-  """Puts tokens that are not rotated around: N becomes 1+N+after."""
-  pad = ((0, 0), (1, after), (0, 0))
+def surround_by_identity(
+  table: RotaryTable, before: int, after: int
+) -> RotaryTable:
+  """Puts tokens that are not rotated around: N becomes before+N+after."""
+  pad = ((0, 0), (before, after), (0, 0))
   return table.replace(
     cos=jnp.pad(table.cos, pad, constant_values=1.0),
     sin=jnp.pad(table.sin, pad),

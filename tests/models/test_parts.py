@@ -77,7 +77,7 @@ def test_rotary_2d_depends_on_relative_positions():
 def test_rotary_can_be_disabled_for_samples_and_tokens():
   position = jnp.ones((2, 3, 3))
   table = disable_where(rotary_3d(position, 12, BASES), jnp.array([1, 0], bool))
-  table = surround_by_identity(table, after=2)
+  table = surround_by_identity(table, 1, 2)
   x = jnp.ones((2, 6, 1, 12))
   result = apply_rotary(x, table)
   np.testing.assert_array_equal(result[0], x[0])
@@ -173,6 +173,24 @@ def test_maps_in_16_bits_are_read_out_in_float32(pixels):
   np.testing.assert_allclose(
     of_x.astype(np.float32), expected_of_x, rtol=2**-8, atol=1e-6
   )
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_rows_behind_the_tokens_change_nothing(monkeypatch, scan_layers):
+  """In 16 bits three tokens become eight, of which five are nobody's."""
+  compute = Compute(get_precision("bfloat16"), "xla")
+  encoder = VisionTransformer(32, 2, 4, 2, 2, compute, scan_layers)
+  rng = np.random.default_rng(0)
+  image = jnp.asarray(rng.standard_normal((2, 2, 6, 3)), jnp.float32)
+  shapes = jax.eval_shape(encoder.init, jax.random.key(0), image)
+  variables = jax.tree.map(
+    lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype), shapes
+  )
+  padded = encoder.apply(variables, image)
+  monkeypatch.setattr(Compute, "token_block", 1)
+  expected = encoder.apply(variables, image)
+  assert padded.shape == expected.shape == (2, 3, 32)
+  np.testing.assert_allclose(padded, expected, atol=0.01, rtol=0.01)
 
 
 def test_patchify_is_row_major():
