@@ -145,16 +145,18 @@ def build_model(config: ModelConfig, options: StepOptions) -> Point3R:
   )
 
 
-def read_memory(memory: PointerMemory, unread: int = 0) -> Context:
+def read_memory(
+  memory: PointerMemory, unread: int = 0, block: int = 1
+) -> Context:
   """Returns what the network reads of a memory.
 
   Args:
     memory: of B streams.
     unread: rows at its end that are known to hold no pointers.
+    block: the others are read in multiples of this, see `Compute.token_block`.
   """
   rows = memory.capacity - unread
-  # Products in 16 bits want them in eights; otherwise each would pad by itself.
-  rows = min(rows + -rows % 8, memory.capacity)
+  rows = min(rows + -rows % block, memory.capacity)
   return Context(
     position=memory.position[:, :rows],
     feature=memory.feature[:, :rows],
@@ -211,7 +213,8 @@ def interact_fn(
   unread: int = 0,
 ) -> tuple[PointerMemory, Prediction]:
   """What a step does with an encoded frame; see `read_memory` for `unread`."""
-  model, context = build_model(config, options), read_memory(memory, unread)
+  model = build_model(config, options)
+  context = read_memory(memory, unread, model.compute.token_block)
   with jax.default_matmul_precision(options.precision.matmul):
     output = model.apply({"params": params}, tokens, context, grid)
     return advance(memory, output, options)

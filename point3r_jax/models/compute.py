@@ -113,6 +113,20 @@ class Compute:
     """
     return 1 if self.dtype == jnp.float32 else 8
 
+  def pad_tokens(self, x: jax.Array) -> tuple[jax.Array, int, jax.Array | None]:
+    """Pads a stream of tokens (B, N, D) with zeros to whole blocks.
+
+    Returns:
+      The stream, how many tokens are padding, and the valid prefix N (B,), None
+      without padding.
+    """
+    batch, tokens, _ = x.shape
+    padding = -tokens % self.token_block
+    if not padding:
+      return x, 0, None
+    x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
+    return x, padding, jnp.full(batch, tokens, jnp.int32)
+
   def attend(
     self,
     query: jax.Array,

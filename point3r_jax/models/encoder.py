@@ -57,10 +57,8 @@ class VisionTransformer(nn.Module):
     rotary = rotary_2d(grid, self.width // self.heads)
     tokens, length = x.shape[1], None
     # Batches of training are whole blocks of rows without.
-    padding = self.compute.forward_only and -tokens % self.compute.token_block
-    if padding:
-      length = jnp.full(x.shape[:1], tokens, jnp.int32)
-      x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
+    if self.compute.forward_only:
+      x, padding, length = self.compute.pad_tokens(x)
       rotary = surround_by_identity(rotary, 0, padding)
 
     def block(name: str) -> EncoderBlock:

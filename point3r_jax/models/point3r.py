@@ -202,12 +202,7 @@ class Point3R(nn.Module):
     num_tokens, capacity = tokens.shape[1], context.feature.shape[1]
     image = self.image_projection(tokens)
     image = jnp.concatenate([pose_query[:, None], image], axis=1)
-    # Matrix units and kernels like token counts in blocks.
-    padding = -image.shape[1] % self.compute.token_block
-    length = None
-    if padding:
-      length = jnp.full(image.shape[:1], image.shape[1], jnp.int32)
-      image = jnp.pad(image, ((0, 0), (0, padding), (0, 0)))
+    image, padding, length = self.compute.pad_tokens(image)
     own = self.pointer_projection(tokens)
     own = jnp.pad(own, ((0, 0), (0, capacity - num_tokens), (0, 0)))
     pointers = jnp.where(first[:, None, None], own, context.feature)
