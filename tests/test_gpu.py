@@ -53,10 +53,10 @@ def test_attention_equals_xla(implementation, head_dim, lengths):
     assert np.abs(x - y).max() < 0.05 * np.abs(y).max()
 
 
-@pytest.mark.parametrize("tokens", [1, 70, 192, 3072])
+@pytest.mark.parametrize("tokens", [1, 70, 192, 1280, 3072])
 @pytest.mark.parametrize("head_dim", [16, 48, 64])
 def test_hopper_attention_takes_lengths_of_both(tokens, head_dim):
-  """Few and many queries: blocks of two warpgroups and of three."""
+  """Few and many queries: blocks of two, three and five warpgroups."""
   shape = (2, tokens, 16, head_dim)
   query, key, value = (
     jax.random.normal(x, shape, jnp.bfloat16)
@@ -143,7 +143,7 @@ def test_full_size_stream_in_bfloat16_is_close_to_float32():
     results[precision] = jax.device_get(stream(image))
     for _ in range(2):
       chex.assert_tree_all_finite(stream(image))
-    assert len(stream.compile_seconds) == 1
+    assert len(stream.compile_seconds.keys() - {"encoder"}) == 1
   for name in ("points_camera", "points_world"):
     exact, rounded = (getattr(results[p], name) for p in results)
     error = np.linalg.norm(rounded - exact, axis=-1).mean()

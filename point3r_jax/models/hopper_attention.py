@@ -8,7 +8,9 @@ too, that are beyond a length, and needs no memory cleared before.
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -16,15 +18,54 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-# Queries of a warpgroup, keys of a step, steps whose keys are in flight.
+# Queries of a warpgroup, steps whose keys are in flight.
 _QUERIES = 64
-_KEYS = 128
 _STAGES = 2
-# A block's warpgroups that compute → registers of their threads and of those
-# that fetch. More share the keys of a block; fewer make more blocks.
-_REGISTERS = {2: (232, 40), 3: (160, 32)}
 # Of the largest Hopper GPUs.
 _MULTIPROCESSORS = 132
+
+
+class _Form(NamedTuple):
+  """A shape of blocks, each of which has a multiprocessor to itself.
+
+  Attributes:
+    computing: warpgroups that compute. More share what is fetched; fewer leave
+      less undone where blocks are few.
+    keys: of a step.
+    channels: the most a head may have, for what registers hold.
+    registers: of a thread that computes, and of one that fetches; not more than
+      all have at first, or threads wait for them forever.
+    cost: time of a block, measured, relative to the others'.
+  """
+
+  computing: int
+  keys: int
+  channels: int
+  registers: tuple[int, int]
+  cost: float
+
+  def blocks(self, queries: int) -> int:
+    """Returns how many blocks so many queries of a head make."""
+    return -(-queries // (self.computing * _QUERIES))
+
+  def time(self, heads: int, queries: int) -> float:
+    """Returns what attention takes: whole turns of all multiprocessors."""
+    turns = -(-heads * self.blocks(queries) // _MULTIPROCESSORS)
+    return turns * self.cost
+
+
+_FORMS = (
+  _Form(3, 128, 256, (160, 32), 4.0),
+  _Form(2, 128, 256, (232, 40), 3.0),
+  _Form(5, 64, 48, (88, 40), 7.0),
+)
+
+
+def _choose(heads: int, queries: int, channels: int) -> _Form:
+  """Returns the form that takes the least time, the first of equals."""
+  forms = [form for form in _FORMS if channels <= form.channels]
+  return min(forms, key=lambda form: form.time(heads, queries))
+
 
 _TILE = plgpu.Layout.WGMMA
 _ROW = plgpu.Layout.WGMMA.reduce(1)
@@ -38,6 +79,7 @@ def _kernel(
   value,
   output,
   *,
+  form,
   query_tiles,
   key_tiles,
   value_tiles,
@@ -56,19 +98,18 @@ def _kernel(
   """
   batch, head = lax.axis_index("batch"), lax.axis_index("head")
   warpgroup = lax.axis_index("warpgroup")
-  computing, _, channels = query_tiles.shape
-  registers = _REGISTERS[computing]
+  computing, channels = form.computing, query_tiles.shape[-1]
   first = lax.axis_index("tile") * (computing * _QUERIES)
   # Queries beyond their length see no keys, and zeros come out.
   keys = jnp.where(first < query_length[batch], key_length[batch], 0)
-  steps = pl.cdiv(keys, jnp.int32(_KEYS))
+  steps = pl.cdiv(keys, jnp.int32(form.keys))
 
   def slot(step):
     return lax.rem(step, jnp.int32(_STAGES))
 
   @pl.when(warpgroup < computing)
   def _compute():
-    plgpu.set_max_registers(registers[0], action="increase")
+    plgpu.set_max_registers(form.registers[0], action="increase")
     rows = pl.ds(first + warpgroup * _QUERIES, _QUERIES)
     tile = query_tiles.at[warpgroup]
     scale = channels**-0.5 * math.log2(math.e)  # The hardware knows exp2.
@@ -88,17 +129,17 @@ def _kernel(
         column = plgpu.broadcasted_iota(
           jnp.int32, scores.shape, 1, layout=_TILE
         )
-        return jnp.where(step * _KEYS + column < keys, scores, -jnp.inf)
+        return jnp.where(step * form.keys + column < keys, scores, -jnp.inf)
 
       def along_rows(x, like):
         return lax.broadcast_in_dim(x, like.shape, [0])
 
       plgpu.barrier_wait(key_ready.at[slot(step)])
       scores = pl.run_scoped(
-        multiply_keys, plgpu.ACC((_QUERIES, _KEYS), jnp.float32)
+        multiply_keys, plgpu.ACC((_QUERIES, form.keys), jnp.float32)
       )
       plgpu.barrier_arrive(key_read.at[slot(step)])
-      beyond = (step + 1) * _KEYS > keys
+      beyond = (step + 1) * form.keys > keys
       scores = lax.cond(beyond, mask, lambda scores: scores, scores)
       new_peak = jnp.maximum(peak, scores.max(axis=1) * scale)
       weights = jnp.exp2(scores * scale - along_rows(new_peak, scores))
@@ -133,10 +174,10 @@ def _kernel(
 
   @pl.when(warpgroup == computing)
   def _fetch():
-    plgpu.set_max_registers(registers[1], action="decrease")
+    plgpu.set_max_registers(form.registers[1], action="decrease")
 
     def fetch(source, step, tiles, ready):
-      rows = pl.ds(step * _KEYS, _KEYS)
+      rows = pl.ds(step * form.keys, form.keys)
       plgpu.copy_gmem_to_smem(
         source.at[batch, rows, head], tiles.at[slot(step)], ready.at[slot(step)]
       )
@@ -188,29 +229,26 @@ def hopper_attention(
   """
   batch, num_queries, heads, channels = query.shape
   dtype = query.dtype
-
-  def blocks(computing):
-    return -(-num_queries // (computing * _QUERIES))
-
-  computing = 3 if batch * heads * blocks(3) >= _MULTIPROCESSORS else 2
+  form = _choose(batch * heads, num_queries, channels)
+  computing = form.computing
 
   def barrier(number, arrivals=1):
     return plgpu.Barrier(num_barriers=number, num_arrivals=arrivals)
 
   return plgpu.kernel(
-    _kernel,
+    functools.partial(_kernel, form=form),
     out_type=jax.ShapeDtypeStruct(query.shape, dtype),
     scratch_types={
       "query_tiles": _shared((computing, _QUERIES, channels), dtype),
-      "key_tiles": _shared((_STAGES, _KEYS, channels), dtype),
-      "value_tiles": _shared((_STAGES, _KEYS, channels), dtype),
+      "key_tiles": _shared((_STAGES, form.keys, channels), dtype),
+      "value_tiles": _shared((_STAGES, form.keys, channels), dtype),
       "query_ready": barrier(computing),
       "key_ready": barrier(_STAGES),
       "value_ready": barrier(_STAGES),
       "key_read": barrier(_STAGES, computing),
       "value_read": barrier(_STAGES, computing),
     },
-    grid=(heads, blocks(computing), batch),
+    grid=(heads, form.blocks(num_queries), batch),
     grid_names=("head", "tile", "batch"),
     num_threads=computing + 1,
     thread_name="warpgroup",

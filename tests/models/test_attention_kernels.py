@@ -127,6 +127,33 @@ def test_a_mesh_splits_the_hopper_kernels_batch():
   assert "tensor<1x16x2x16xbf16>" in text
 
 
+@pytest.mark.parametrize("form", hopper_attention._FORMS)
+def test_a_hopper_block_has_the_registers_that_it_asks_for(form):
+  """More would be waited for without an end."""
+  warpgroups = form.computing + 1
+  at_first = 65536 // (128 * warpgroups) // 8 * 8
+  computing, fetching = form.registers
+  assert form.computing * computing + fetching <= warpgroups * at_first
+  assert computing % 8 == fetching % 8 == 0
+
+
+@pytest.mark.parametrize(
+  ("heads", "queries", "channels", "computing"),
+  [
+    (16, 768, 64, 2),  # An image's tokens.
+    (16, 2560, 48, 5),  # Pointers: 128 blocks are one turn of 132,
+    (16, 2560, 64, 3),  # but registers do not hold larger heads;
+    (16, 3072, 48, 3),  # 160 would be two.
+    (128, 3840, 48, 3),
+  ],
+)
+def test_hopper_blocks_that_take_the_least_time(
+  heads, queries, channels, computing
+):
+  form = hopper_attention._choose(heads, queries, channels)
+  assert form.computing == computing
+
+
 def test_what_surrounds_the_hopper_kernel(monkeypatch):
   """Padding, lengths and derivatives, with XLA in the place of GPU kernels."""
   reference = jax.nn.dot_product_attention
