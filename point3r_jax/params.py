@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -265,55 +265,68 @@ def unstack_layers(params: dict) -> dict:
 
 @flax.struct.dataclass
 class JoinedParams:
-  """Parameters in fewer arrays: a program is called faster with fewer.
+  """Parameters in few arrays, all on one level: so programs are called faster.
 
   Attributes:
-    others: nested dictionary, without what is joined.
-    vectors: (n, …) float32 each, n vectors of one shape and type.
-    paths: of each array in `vectors`, where its n vectors belong.
-    dtypes: of each array in `vectors`, the type that they have there.
+    arrays: each a parameter, or n vectors (n, …) float32 of one shape and type.
+    paths: of each array, where it belongs, or where its n vectors do.
+    dtypes: of each array, the type that its vectors have there; None: it is a
+      parameter.
   """
 
-  others: dict
-  vectors: tuple[jax.Array, ...]
+  arrays: tuple[jax.Array, ...]
   paths: tuple[tuple[tuple[str, ...], ...], ...] = flax.struct.field(
     pytree_node=False
   )
-  dtypes: tuple[np.dtype, ...] = flax.struct.field(pytree_node=False)
+  dtypes: tuple[np.dtype | None, ...] = flax.struct.field(pytree_node=False)
+
+  def rounded(self) -> JoinedParams:
+    """Returns the same; vectors that are not to be float32 are taken apart."""
+    parts = []
+    for array, paths, dtype in self._parts():
+      if dtype in (None, jnp.float32):
+        parts.append((array, paths, dtype))
+      else:
+        vectors = zip(paths, array, strict=True)
+        parts += [(x.astype(dtype), (path,), None) for path, x in vectors]
+    return JoinedParams(*zip(*parts, strict=True))
 
   def split(self) -> dict:
     """Returns the nested dictionary of all; for use where one traces."""
-    flat = flax.traverse_util.flatten_dict(self.others)
-    joined = zip(self.paths, self.vectors, self.dtypes, strict=True)
-    for paths, vectors, dtype in joined:
-      flat |= {
-        path: vector.astype(dtype)
-        for path, vector in zip(paths, vectors, strict=True)
-      }
+    flat = {}
+    for array, paths, dtype in self._parts():
+      leaves = [array] if dtype is None else [x.astype(dtype) for x in array]
+      flat |= zip(paths, leaves, strict=True)
     return flax.traverse_util.unflatten_dict(flat)
+
+  def _parts(self) -> Iterator[tuple]:
+    return zip(self.arrays, self.paths, self.dtypes, strict=True)
 
 
 def join_vectors(params: Mapping[str, Any]) -> JoinedParams:
   """Joins norms' vectors and bfloat16 biases, on the host: half of all arrays.
 
-  A GPU's kernels that normalise read their vectors where they are. A matrix
-  product wants its bias apart: so these are kept in float32, and XLA's kernels
+  A GPU's kernels that normalise read their vectors where they are: in each
+  block at the same places, so that blocks share kernels. A matrix product wants
+  its bias apart: so all of one shape are kept in float32, and XLA's kernels
   that round them write many at once; float32 biases would be copied one by one
   every frame and are left alone.
   """
   flat = flax.traverse_util.flatten_dict(params)
   groups = {}
   for path, leaf in flat.items():
-    bias = path[-1] == "bias" and leaf.dtype == jnp.bfloat16
-    if bias or (path[-2:-1] and path[-2].endswith("norm")):
-      groups.setdefault((leaf.shape, leaf.dtype), []).append(path)
-  vectors = tuple(
-    np.stack([np.asarray(flat.pop(path), np.float32) for path in paths])
-    for paths in groups.values()
-  )
-  return JoinedParams(
-    others=flax.traverse_util.unflatten_dict(flat),
-    vectors=vectors,
-    paths=tuple(map(tuple, groups.values())),
-    dtypes=tuple(dtype for _, dtype in groups),
-  )
+    block, kind = path[:-2], (leaf.shape, leaf.dtype)
+    if path[-2:-1] and path[-2].endswith("norm"):
+      key, dtype = (block, *kind), leaf.dtype
+    elif path[-1] == "bias" and leaf.dtype == jnp.bfloat16:
+      key, dtype = kind, leaf.dtype
+    else:
+      key, dtype = path, None
+    groups.setdefault(key, ([], dtype))[0].append(path)
+  arrays, paths, dtypes = [], [], []
+  for where, dtype in groups.values():
+    vectors = [np.asarray(flat[path], np.float32) for path in where]
+    arrays.append(flat[where[0]] if dtype is None else np.stack(vectors))
+    paths.append(tuple(where))
+    dtypes.append(dtype)
+  return JoinedParams(tuple(arrays), tuple(paths), tuple(dtypes))

@@ -100,11 +100,12 @@ def _chunks(images: Iterable, size: int) -> Iterator[list]:
 class Stream:
   """Feeds one image after the other to a model, or to several side by side.
 
-  The step is compiled once per capacity. Before a frame could overflow the
-  memory it grows, see `memory.next_capacity`, without losing a pointer; the
-  larger step has by then been compiled in the background. Calls return as soon
-  as the device has the work: reading a prediction waits for it. Only where
-  frames under way might fill the memory does a call wait, for their counts.
+  The encoder is compiled once and the step once per capacity. Before a frame
+  could overflow the memory it grows, see `memory.next_capacity`, without losing
+  a pointer; the larger step has by then been compiled in the background. Calls
+  return as soon as the device has the work: reading a prediction waits for it.
+  Only where frames under way might fill the memory does a call wait, for their
+  counts.
 
     stream = Stream(config, params, image_size=(384, 512))
     for image in images:
@@ -187,12 +188,14 @@ class Stream:
     self.look_ahead = look_ahead
     self.frames = 0
     self._programs = StreamPrograms(
-      config, self.options, self.image_size, batch_size, devices
+      config, self.options, self.image_size, batch_size, look_ahead, devices
     )
     if capacity is None and max_capacity is not None:
       capacity = min(default_capacity(config, self.image_size), max_capacity)
     self._memory = self._programs.init_memory(capacity)
     self._last = self._programs.init_prediction()
+    self._frames = self._programs.init_frames()
+    self._encoded = None
     if max_capacity is not None and max_capacity < self.capacity:
       raise ValueError(
         f"max_capacity {max_capacity} is below the first capacity "
@@ -303,8 +306,8 @@ class Stream:
       ValueError: if the image does not have the stream's size or a known type,
         or holds values that are not finite.
     """
-    image = self._check(image)
-    return self._take(image, image.dtype)
+    self._encode([self._check(image)], 1)
+    return self._take()
 
   def extend(self, images: Iterable[ArrayLike]) -> Iterator[Prediction]:
     """Takes images in turn, and encodes `look_ahead` of them at once.
@@ -330,16 +333,13 @@ class Stream:
         raise ValueError(
           f"images must be of one type, got {dtype}, {others[0]}"
         )
-      if self.look_ahead == 1:
-        yield self._take(*chunk, dtype)
-        continue
-      encode = self._programs.encoder(self._params, self.look_ahead, dtype)
-      # Of fewer images than usual the last is repeated: nothing is compiled.
-      missing = self.look_ahead - len(chunk)
-      images = np.stack(chunk + chunk[-1:] * missing)
-      encoded = encode.result()(self._params, images)
-      for tokens in encoded[: len(chunk)]:
-        yield self._take(tokens, None)
+      taken = 0
+      while taken < len(chunk):
+        encoded = self._encode(chunk[taken:], self.look_ahead)
+        # A call in between, or another `extend`, encodes other images.
+        while taken < len(chunk) and self._encoded is encoded:
+          taken += 1
+          yield self._take()
 
   def _check(self, image: ArrayLike) -> np.ndarray | jax.Array:
     """Returns an image of each stream; raises ValueError for others."""
@@ -354,14 +354,31 @@ class Stream:
       image = jax.device_put(image, self._memory.position.sharding)
     return image
 
-  def _take(
-    self, frame: np.ndarray | jax.Array, dtype: np.dtype | None
-  ) -> Prediction:
-    """Takes an image of a type or, if that is None, an encoded frame."""
-    self._make_room(dtype)
-    step = self._step(self.capacity, dtype).result()
-    self._memory, self._last = step(
-      self._params, self._memory, self._last, frame
+  def _encode(self, images: list[np.ndarray | jax.Array], count: int) -> object:
+    """Encodes so many images at once, to be taken in turn.
+
+    Of fewer images the last is repeated: nothing is compiled. What was encoded
+    before and not taken is gone.
+
+    Returns:
+      What `_encoded` is as long as they are there.
+    """
+    dtype = images[0].dtype
+    encode = self._programs.encoder(self._params, count, dtype).result()
+    if count == 1:
+      images = images[0][:, None]
+    else:
+      images = np.stack(images + images[-1:] * (count - len(images)), axis=1)
+    self._frames = encode(self._params.encoder, self._frames, images)
+    self._encoded = object()
+    return self._encoded
+
+  def _take(self) -> Prediction:
+    """Takes the next of the encoded images."""
+    self._make_room()
+    step = self._step(self.capacity).result()
+    self._memory, self._last, self._frames = step(
+      self._params.others, self._memory, self._last, self._frames
     )
     prediction = self._programs.copy(self._last)
     self._counts.add(prediction)
@@ -369,20 +386,20 @@ class Stream:
     return prediction
 
   def _step(
-    self, capacity: int, dtype: np.dtype | None, ahead: bool = False
+    self, capacity: int, ahead: bool = False
   ) -> concurrent.futures.Future[Step]:
     """Returns the step for a capacity, compiled or being compiled."""
     # A memory that can grow has room for a frame before each frame.
     grows = capacity != self._max_capacity and capacity >= 2 * self._tokens
     unread = self._tokens if grows else 0
-    return self._programs.step(self._params, capacity, dtype, unread, ahead)
+    return self._programs.step(self._params, capacity, unread, ahead)
 
   def _next_capacity(self) -> int:
     """Returns the capacity to grow to, within limits."""
     larger = next_capacity(self.capacity, self._tokens)
     return min(larger, self._max_capacity or larger)
 
-  def _make_room(self, dtype: np.dtype | None) -> None:
+  def _make_room(self) -> None:
     """Grows the memory if the next frame might not fit."""
     counts, larger = self._counts, self._next_capacity()
     counts.read()
@@ -393,7 +410,7 @@ class Stream:
     crowded = counts.bound > self.capacity
     if not crowded and counts.known <= self._compile_ahead * self.capacity:
       return
-    step = self._step(larger, dtype, ahead=True)
+    step = self._step(larger, ahead=True)
     enlarge = self._programs.enlarge(self.capacity, larger)
     if crowded and not (step.done() and enlarge.done()):
       counts.read(limit=self.capacity)  # The frame may fit when all are done.

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,21 +28,51 @@ from point3r_jax.streaming import (
   empty_prediction,
   encode_fn,
   interact_fn,
-  step_fn,
 )
 
-# (params, memory, last prediction, frame) → (memory, prediction); memory and
-# last prediction are donated. What is where it was needs no new CUDA graph.
-Step = Callable[..., tuple[PointerMemory, Prediction]]
+
+@flax.struct.dataclass
+class StreamParams:
+  """Parameters as the two programs of a stream want them."""
+
+  encoder: JoinedParams
+  others: JoinedParams
+
+
+@flax.struct.dataclass
+class EncodedFrames:
+  """Frames that were encoded at once, to be taken in turn.
+
+  Attributes:
+    tokens: (B, T, N, E) float32.
+    next: (B,) int32, which frame comes next, the same for all streams.
+  """
+
+  tokens: jax.Array
+  next: jax.Array
+
+
+# (params, frames, images (B, t, H, W, 3)) → frames, the first t of which are
+# the images.
+Encoder = Callable[..., EncodedFrames]
+
+# (params, memory, last prediction, frames) → (memory, prediction, frames). All
+# but the parameters are donated, as are the encoder's frames: what is where it
+# was needs no new CUDA graph.
+Step = Callable[..., tuple[PointerMemory, Prediction, EncodedFrames]]
+
+# What the encoder is called with. The model's setup asks for the token.
+_ENCODER = ("encoder", "pose_token")
 
 # The mesh's axis, along which streams are divided among devices.
 _AXIS = "stream"
 
-# A frame is one CUDA graph. In it runs side by side what does not depend on the
-# other: both streams of the decoders, the heads. Their buffers share no place.
+# A frame is one CUDA graph, with the choice of rows in it. What does not depend
+# on the other runs side by side: both streams of the decoders, the heads. Their
+# buffers share no place.
 _OPTIONS = {
   **GPU_OPTIONS,
-  "xla_gpu_enable_command_buffer": GRAPH_COMMANDS,
+  "xla_gpu_enable_command_buffer": f"{GRAPH_COMMANDS},CONDITIONAL",
   "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
 }
 
@@ -123,6 +154,7 @@ class StreamPrograms:
     options: StepOptions,
     image_size: tuple[int, int],
     batch_size: int,
+    look_ahead: int,
     devices: Sequence[jax.Device] | None = None,
   ):
     """Compiles nothing yet.
@@ -132,11 +164,13 @@ class StreamPrograms:
       options: the step's options.
       image_size: (H, W), multiples of the patch size.
       batch_size: B, streams side by side.
+      look_ahead: T, the most frames that are encoded at once.
       devices: to divide the streams among; None: the default device.
     """
     self._config = config
     self._options = options
     self._image_shape = (batch_size, *image_size, 3)
+    self._look_ahead = look_ahead
     self._grid = config.grid(image_size)
     self.split = None
     if devices:
@@ -151,11 +185,13 @@ class StreamPrograms:
     self._futures = {}
     self._executor = concurrent.futures.ThreadPoolExecutor(1, "compile-ahead")
 
-  def put(self, params: dict) -> JoinedParams:
+  def put(self, params: dict) -> StreamParams:
     """Moves parameters to where the programs want them, and as they do."""
     everywhere = self.split and NamedSharding(self.split.mesh, PartitionSpec())
-    joined = jax.device_put(join_vectors(params), everywhere)
-    return jax.tree.map(_arrange, joined)
+    encoder = {name: params[name] for name in _ENCODER}
+    others = {name: x for name, x in params.items() if name != "encoder"}
+    joined = StreamParams(join_vectors(encoder), join_vectors(others))
+    return jax.tree.map(_arrange, jax.device_put(joined, everywhere))
 
   def init_memory(self, capacity: int | None) -> PointerMemory:
     """Returns an empty memory; see `memory.init_memory`."""
@@ -168,15 +204,23 @@ class StreamPrograms:
     """Returns buffers for the first step's prediction."""
     return self._place(empty_prediction(self._options, self._image_shape))
 
+  def init_frames(self) -> EncodedFrames:
+    """Returns buffers for encoded frames."""
+    height, width = self._grid
+    batch, encoder_width = self._image_shape[0], self._config.encoder_width
+    shape = (batch, self._look_ahead, height * width, encoder_width)
+    return self._place(
+      EncodedFrames(jnp.zeros(shape), jnp.zeros(batch, jnp.int32))
+    )
+
   def memory_shapes(self, capacity: int) -> PointerMemory:
     """Returns the memory of a capacity, as shapes with shardings."""
     return self._shapes(lambda: self.init_memory(capacity))
 
   def step(
     self,
-    params: JoinedParams,
+    params: StreamParams,
     capacity: int,
-    dtype: np.dtype | None,
     unread: int,
     ahead: bool = False,
   ) -> concurrent.futures.Future[Step]:
@@ -185,35 +229,36 @@ class StreamPrograms:
     Args:
       params: what the step will be called with.
       capacity: of the memory it will be called with.
-      dtype: of the images; None: frames are encoded already.
       unread: rows at the memory's end that will hold no pointers before.
       ahead: whether it is not needed yet: what failed is not tried again.
     """
-    if dtype is None:
-      tokens = self._grid[0] * self._grid[1]
-      shape = (self._image_shape[0], tokens, self._config.encoder_width)
-      frame = self._array(shape, np.float32)
-      program = functools.partial(
-        interact_fn, self._config, self._options, grid=self._grid, unread=unread
-      )
-    else:
-      frame = self._array(self._image_shape, dtype)
-      program = functools.partial(
-        step_fn, self._config, self._options, unread=unread
-      )
 
-    def step(params, memory, last, frame):
+    def step(params, memory, last, frames):
       del last  # Its buffers are for the new prediction.
-      return program(params.split(), memory, frame)
+      tokens = jax.lax.dynamic_index_in_dim(
+        frames.tokens, frames.next[0], axis=1, keepdims=False
+      )
+      memory, prediction = interact_fn(
+        self._config,
+        self._options,
+        params.rounded(),
+        memory,
+        tokens,
+        grid=self._grid,
+        unread=unread,
+      )
+      return memory, prediction, frames.replace(next=frames.next + 1)
 
     def compile_step():
       memory = self.memory_shapes(capacity)
       last = self._shapes(self.init_prediction)
-      run = self._divide(step, *3 * [PartitionSpec(_AXIS)])
-      run = jax.jit(run, donate_argnums=(1, 2), keep_unused=True)
-      return _compile(run.lower(params, memory, last, frame))
+      frames = self._shapes(self.init_frames)
+      run = jax.jit(
+        self._divide(step, 3), donate_argnums=(1, 2, 3), keep_unused=True
+      )
+      return _compile(run.lower(params.others, memory, last, frames))
 
-    key = (capacity, dtype, unread)
+    key = (capacity, unread)
     return self._submit(key, capacity, compile_step, ahead)
 
   def enlarge(
@@ -228,34 +273,30 @@ class StreamPrograms:
     return self._submit((before, "to", capacity), None, compile_enlarge)
 
   def encoder(
-    self, params: JoinedParams, frames: int, dtype: np.dtype
-  ) -> concurrent.futures.Future[Callable[..., tuple[jax.Array, ...]]]:
-    """Returns the encoder of so many frames at once.
+    self, params: StreamParams, count: int, dtype: np.dtype
+  ) -> concurrent.futures.Future[Encoder]:
+    """Returns the encoder of so many frames of a type at once."""
 
-    That is (params, images (T, B, H, W, 3)) → T times (B, N, E) float32.
-    """
-
-    several = PartitionSpec(None, _AXIS)
-
-    def encode(params, images):
+    def encode(params, frames, images):
       tokens = encode_fn(
         self._config,
         self._options,
         params.split(),
         images.reshape(-1, *images.shape[2:]),
       )
-      return tuple(tokens.reshape(*images.shape[:2], *tokens.shape[1:]))
+      tokens = tokens.reshape(*images.shape[:2], *tokens.shape[1:])
+      return EncodedFrames(
+        frames.tokens.at[:, :count].set(tokens), jnp.zeros_like(frames.next)
+      )
 
     def compile_encoder():
-      images = jax.ShapeDtypeStruct(
-        (frames, *self._image_shape),
-        dtype,
-        sharding=self.split and NamedSharding(self.split.mesh, several),
-      )
-      run = self._divide(encode, several)
-      return _compile(jax.jit(run).lower(params, images))
+      frames = self._shapes(self.init_frames)
+      batch, *image = self._image_shape
+      images = self._array((batch, count, *image), dtype)
+      run = jax.jit(self._divide(encode, 2), donate_argnums=1, keep_unused=True)
+      return _compile(run.lower(params.encoder, frames, images))
 
-    return self._submit(("encoder", frames, dtype), "encoder", compile_encoder)
+    return self._submit(("encoder", count, dtype), "encoder", compile_encoder)
 
   def wait(self) -> None:
     """Returns once nothing is being compiled."""
@@ -273,17 +314,18 @@ class StreamPrograms:
   def _array(self, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=self.split)
 
-  def _divide(self, program: Callable, *specs: PartitionSpec) -> Callable:
+  def _divide(self, program: Callable, operands: int) -> Callable:
     """Returns (params, …) → …; each device takes its own streams of it.
 
-    The others than the parameters are divided as the specs say.
+    All but the parameters have a leading axis of B: so many operands, and the
+    results.
     """
     if self.split is None:
       return program
     return jax.shard_map(
       program,
       mesh=self.split.mesh,
-      in_specs=(PartitionSpec(), *specs),
+      in_specs=(PartitionSpec(), *operands * [self.split.spec]),
       out_specs=self.split.spec,
       check_vma=False,
     )

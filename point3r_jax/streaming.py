@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import flax.struct
 import jax
@@ -19,7 +20,7 @@ from point3r_jax.memory import PointerMemory, fuse, reset
 from point3r_jax.models.attention import IMPLEMENTATIONS
 from point3r_jax.models.compute import REMAT, Compute
 from point3r_jax.models.point3r import HEADS, Context, FrameOutput, Point3R
-from point3r_jax.params import check_params
+from point3r_jax.params import JoinedParams, check_params
 from point3r_jax.precision import Precision, get_precision
 
 
@@ -206,17 +207,49 @@ def encode_fn(
 def interact_fn(
   config: ModelConfig,
   options: StepOptions,
-  params: dict,
+  params: dict | JoinedParams,
   memory: PointerMemory,
   tokens: jax.Array,
   grid: tuple[int, int],
   unread: int = 0,
 ) -> tuple[PointerMemory, Prediction]:
-  """What a step does with an encoded frame; see `read_memory` for `unread`."""
+  """What a step does with an encoded frame.
+
+  The decoders run on as few rows of pointers as hold all, out of a few numbers
+  of rows: the device chooses, for the host knows too late how many there are.
+
+  Args:
+    config: the model's sizes.
+    options: the step's options.
+    params: nested dictionary; or joined, to be split where they are used.
+    memory: of B streams.
+    tokens: (B, N, E) float32.
+    grid: (h, w) with h·w = N.
+    unread: see `read_memory`.
+
+  Returns:
+    The memory after the frame, and the prediction.
+  """
   model = build_model(config, options)
   context = read_memory(memory, unread, model.compute.token_block)
+
+  def apply(method, *operands):
+    joined = isinstance(params, JoinedParams)
+    tree = params.split() if joined else params
+    return model.apply({"params": tree}, *operands, method=method)
+
   with jax.default_matmul_precision(options.precision.matmul):
-    output = model.apply({"params": params}, tokens, context, grid)
+    start = apply(model.begin, tokens, context)
+    *fewer, _ = choices = model.compute.row_choices(start.pointers.shape[1])
+
+    def decode(rows):
+      return apply(model.decode, start.first_pointers(rows))
+
+    decoded = jax.lax.switch(
+      (start.count.max() > np.array(fewer)).sum(),
+      [functools.partial(decode, rows) for rows in choices],
+    )
+    output = apply(model.finish, tokens, start, decoded, grid)
     return advance(memory, output, options)
 
 

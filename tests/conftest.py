@@ -61,8 +61,8 @@ def shared_programs(monkeypatch):
   """Streams of one kind take the programs of those before, in all tests."""
   from point3r_jax import stream, stream_programs
 
-  def share(config, options, image_size, batch_size, devices=None):
-    kind = (config, options, tuple(image_size), batch_size)
+  def share(config, options, image_size, batch_size, look_ahead, devices=None):
+    kind = (config, options, tuple(image_size), batch_size, look_ahead)
     key = (*kind, tuple(devices or ()))
     if key not in _PROGRAMS:
       _PROGRAMS[key] = stream_programs.StreamPrograms(*kind, devices)

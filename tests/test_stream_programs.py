@@ -35,7 +35,7 @@ def test_quick_turns_end_with_a_compilation_that_fails(monkeypatch):
 
   monkeypatch.setattr(stream_programs, "_quick_turns", turns())
   programs = stream_programs.StreamPrograms(
-    micro.CONFIG, p3r.StepOptions(), micro.IMAGE_SIZE, 1
+    micro.CONFIG, p3r.StepOptions(), micro.IMAGE_SIZE, 1, 1
   )
 
   def fail():

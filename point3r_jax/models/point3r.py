@@ -11,7 +11,11 @@ import jax.numpy as jnp
 
 from point3r_jax.config import ModelConfig
 from point3r_jax.models.compute import Compute
-from point3r_jax.models.decoder import InterleavedDecoder, decoder_rotary
+from point3r_jax.models.decoder import (
+  DecoderRotary,
+  InterleavedDecoder,
+  decoder_rotary,
+)
 from point3r_jax.models.dpt import DenseHead
 from point3r_jax.models.encoder import VisionTransformer
 from point3r_jax.models.heads import WorldHead, point_map, pose_encoding
@@ -68,6 +72,46 @@ class FrameOutput:
   feature: jax.Array
   pose_slots: jax.Array
   maps: tuple[jax.Array, ...]
+
+
+@flax.struct.dataclass
+class DecoderStart:
+  """What the decoders read, and what of a frame is needed after them.
+
+  Attributes:
+    image: (B, 1+N+padding, D) float32, the pose query and the image stream.
+    image_length: (B,) int32, its valid prefix; None: all.
+    pointers: (B, C, D) float32.
+    count: (B,) int32, the valid prefix of the pointers.
+    image_rotary: tables for the image blocks, or None.
+    pointer_rotary: tables for the pointer blocks, or None.
+    summary: (B, E) float32, the mean of the frame's tokens.
+    pose_slots: (B, S, 2D) float32.
+  """
+
+  image: jax.Array
+  image_length: jax.Array | None
+  pointers: jax.Array
+  count: jax.Array
+  image_rotary: DecoderRotary | None
+  pointer_rotary: DecoderRotary | None
+  summary: jax.Array
+  pose_slots: jax.Array
+
+  def first_pointers(self, rows: int) -> DecoderStart:
+    """Returns the same with the first so many rows of pointers."""
+
+    def cut(tree):
+      return jax.tree.map(lambda x: x[:, :rows], tree)
+
+    def cut_table(table):
+      return table and table.replace(pointers=cut(table.pointers))
+
+    return self.replace(
+      pointers=cut(self.pointers),
+      image_rotary=cut_table(self.image_rotary),
+      pointer_rotary=cut_table(self.pointer_rotary),
+    )
 
 
 class Point3R(nn.Module):
@@ -146,7 +190,16 @@ class Point3R(nn.Module):
     Returns:
       Predictions, the frame's pointers and the rewritten pose memory.
     """
-    first = context.first
+    start = self.begin(tokens, context)
+    return self.finish(tokens, start, self.decode(start), grid)
+
+  def begin(self, tokens: jax.Array, context: Context) -> DecoderStart:
+    """Makes what the decoders read; see `__call__` for the arguments.
+
+    At a first frame the pointers are the frame's own.
+    """
+    config, first = self.config, context.first
+    num_tokens, capacity = tokens.shape[1], context.feature.shape[1]
     summary = tokens.mean(axis=1)
     slots = jnp.where(
       first[:, None, None], self.pose_memory.initial_slots, context.pose_slots
@@ -154,9 +207,63 @@ class Point3R(nn.Module):
     query = jnp.where(
       first[:, None], self.pose_token, self.pose_memory.inquire(summary, slots)
     )
-    half, three_quarters, last = self._decode(tokens, query, context)
+    self.sow("intermediates", "pose_query", query)
+    image = self.image_projection(tokens)
+    image = jnp.concatenate([query[:, None], image], axis=1)
+    image, padding, length = self.compute.pad_tokens(image)
+    own = self.pointer_projection(tokens)
+    own = jnp.pad(own, ((0, 0), (0, capacity - num_tokens), (0, 0)))
+    tables = [
+      decoder_rotary(
+        config,
+        heads,
+        context.image_position,
+        context.position,
+        first,
+        padding,
+      )
+      if self.rotary
+      else None
+      for heads in (config.decoder_heads, config.pointer_heads)
+    ]
+    return DecoderStart(
+      image=image,
+      image_length=length,
+      pointers=jnp.where(first[:, None, None], own, context.feature),
+      count=jnp.where(first, num_tokens, context.count),
+      image_rotary=tables[0],
+      pointer_rotary=tables[1],
+      summary=summary,
+      pose_slots=slots,
+    )
+
+  def decode(
+    self, start: DecoderStart
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Runs the decoders; returns the image stream as they do, rows padded."""
+    return self.decoder(
+      start.image,
+      start.pointers,
+      start.count,
+      start.image_rotary,
+      start.pointer_rotary,
+      start.image_length,
+    )
+
+  def finish(
+    self,
+    tokens: jax.Array,
+    start: DecoderStart,
+    decoded: tuple[jax.Array, jax.Array, jax.Array],
+    grid: tuple[int, int],
+  ) -> FrameOutput:
+    """Makes the output of what `begin` and `decode` returned."""
+    half, three_quarters, last = (x[:, : tokens.shape[1] + 1] for x in decoded)
+    self.sow("intermediates", "decoder_half", half)
+    self.sow("intermediates", "decoder_three_quarters", three_quarters)
+    self.sow("intermediates", "decoder_last", last)
     pose_token, last = last[:, 0], last[:, 1:]
-    slots = self.pose_memory.update(summary, pose_token, slots)
+    slots = self.pose_memory.update(start.summary, pose_token, start.pose_slots)
 
     maps = (tokens, half[:, 1:], three_quarters[:, 1:], last)
     raw_world = self.world_head(maps, pose_token, grid)
@@ -165,9 +272,6 @@ class Point3R(nn.Module):
     if self.camera_head:
       points_camera, confidence_camera = self.camera_points(maps, grid)
     position, feature = self._new_pointers(tokens, last, points_world, grid)
-    self.sow("intermediates", "pose_query", query)
-    self.sow("intermediates", "decoder_half", half)
-    self.sow("intermediates", "decoder_three_quarters", three_quarters)
     return FrameOutput(
       points_camera=points_camera,
       confidence_camera=confidence_camera,
@@ -193,37 +297,6 @@ class Point3R(nn.Module):
       Points (B, H, W, 3) and confidences (B, H, W), float32.
     """
     return point_map(self.camera_dense(maps, grid))
-
-  def _decode(
-    self, tokens: jax.Array, pose_query: jax.Array, context: Context
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Runs the decoders; at a first frame the pointers are the frame's own."""
-    config, first = self.config, context.first
-    num_tokens, capacity = tokens.shape[1], context.feature.shape[1]
-    image = self.image_projection(tokens)
-    image = jnp.concatenate([pose_query[:, None], image], axis=1)
-    image, padding, length = self.compute.pad_tokens(image)
-    own = self.pointer_projection(tokens)
-    own = jnp.pad(own, ((0, 0), (0, capacity - num_tokens), (0, 0)))
-    pointers = jnp.where(first[:, None, None], own, context.feature)
-    count = jnp.where(first, num_tokens, context.count)
-    tables = [
-      decoder_rotary(
-        config,
-        heads,
-        context.image_position,
-        context.position,
-        first,
-        padding,
-      )
-      if self.rotary
-      else None
-      for heads in (config.decoder_heads, config.pointer_heads)
-    ]
-    result = self.decoder(image, pointers, count, *tables, length)
-    result = tuple(x[:, : num_tokens + 1] for x in result)
-    self.sow("intermediates", "decoder_last", result[-1])
-    return result
 
   def _new_pointers(
     self,
