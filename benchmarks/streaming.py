@@ -301,7 +301,7 @@ def _first_frame(flags: argparse.Namespace) -> dict:
 
 
 def _compile(model, flags) -> dict:
-  """Compiles the step in two processes, one after the other, with one cache."""
+  """Compiles both programs in two processes, in turn, with one cache."""
   del model  # They load their own.
   spawn = multiprocessing.get_context("spawn")
   runs = []

@@ -281,7 +281,10 @@ class JoinedParams:
   dtypes: tuple[np.dtype | None, ...] = flax.struct.field(pytree_node=False)
 
   def rounded(self) -> JoinedParams:
-    """Returns the same; vectors that are not to be float32 are taken apart."""
+    """Takes apart and rounds what is not to be float32.
+
+    Once, before branches that share it.
+    """
     parts = []
     for array, paths, dtype in self._parts():
       if dtype in (None, jnp.float32):
@@ -304,11 +307,11 @@ class JoinedParams:
 
 
 def join_vectors(params: Mapping[str, Any]) -> JoinedParams:
-  """Joins norms' vectors and bfloat16 biases, on the host: half of all arrays.
+  """Joins norms' vectors and bfloat16 biases, on the host.
 
   A GPU's kernels that normalise read their vectors where they are: in each
   block at the same places, so that blocks share kernels. A matrix product wants
-  its bias apart: so all of one shape are kept in float32, and XLA's kernels
+  its bias apart: so biases of one shape are kept in float32, and XLA's kernels
   that round them write many at once; float32 biases would be copied one by one
   every frame and are left alone.
   """

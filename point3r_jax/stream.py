@@ -162,7 +162,8 @@ class Stream:
       max_capacity: where growth stops; pointers beyond are merged into their
         nearest, counted in `overflow` and warned about. None: no limit.
       look_ahead: images that `extend` encodes at once; None: 8, but 1 on a CPU,
-        which gains nothing by more.
+        which gains nothing by more. There is always room for so many, at
+        512×384 3 MB each and stream.
       compile_ahead: how full the memory is when the next capacity is compiled
         in the background; 1: not before it is needed.
       **options: fields of `StepOptions`.
@@ -252,7 +253,7 @@ class Stream:
 
   @property
   def compile_seconds(self) -> dict[int | str, float]:
-    """Seconds to compile the step, by capacity, and `extend`'s "encoder"."""
+    """Seconds to compile the step, by capacity, and the "encoder"."""
     return self._programs.seconds
 
   @property
@@ -284,6 +285,10 @@ class Stream:
       self._memory = self._clear(self._memory, which)
       return
     self._memory = self._programs.init_memory(self.capacity)
+    # An interrupted frame may have taken these over.
+    self._last = self._programs.init_prediction()
+    self._frames = self._programs.init_frames()
+    self._encoded = None
     self.frames = 0
     self._counts = _Counts(self._tokens)
     self._warned = False
@@ -315,7 +320,8 @@ class Stream:
     What comes out is what calls with one image after the other give. So many
     images are read before their first prediction; so it is for images that come
     faster than predictions are needed. An error of the images' is raised after
-    the predictions for the images before it.
+    the predictions for the images before it. Other images may be taken in
+    between, but then what was encoded is encoded again.
 
     Args:
       images: each as in a call, all of one type.
@@ -336,7 +342,8 @@ class Stream:
       taken = 0
       while taken < len(chunk):
         encoded = self._encode(chunk[taken:], self.look_ahead)
-        # A call in between, or another `extend`, encodes other images.
+        # A call in between, or another `extend`, encodes other images; a reset
+        # forgets them.
         while taken < len(chunk) and self._encoded is encoded:
           taken += 1
           yield self._take()
@@ -363,14 +370,14 @@ class Stream:
     Returns:
       What `_encoded` is as long as they are there.
     """
-    dtype = images[0].dtype
-    encode = self._programs.encoder(self._params, count, dtype).result()
-    if count == 1:
-      images = images[0][:, None]
-    else:
-      images = np.stack(images + images[-1:] * (count - len(images)), axis=1)
-    self._frames = encode(self._params.encoder, self._frames, images)
+    encode = self._programs.encoder(
+      self._params.encoder, count, images[0].dtype
+    ).result()
+    if count > 1:
+      missing = count - len(images)
+      images = [np.stack(images + images[-1:] * missing, axis=1)]
     self._encoded = object()
+    self._frames = encode(self._params.encoder, self._frames, *images)
     return self._encoded
 
   def _take(self) -> Prediction:
@@ -392,7 +399,8 @@ class Stream:
     # A memory that can grow has room for a frame before each frame.
     grows = capacity != self._max_capacity and capacity >= 2 * self._tokens
     unread = self._tokens if grows else 0
-    return self._programs.step(self._params, capacity, unread, ahead)
+    params = self._params.others
+    return self._programs.step(params, capacity, unread, ahead)
 
   def _next_capacity(self) -> int:
     """Returns the capacity to grow to, within limits."""

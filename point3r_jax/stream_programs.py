@@ -52,8 +52,8 @@ class EncodedFrames:
   next: jax.Array
 
 
-# (params, frames, images (B, t, H, W, 3)) → frames, the first t of which are
-# the images.
+# (params, frames, images (B, t, H, W, 3) or, if t is 1, (B, H, W, 3)) → frames,
+# the first t of which are the images.
 Encoder = Callable[..., EncodedFrames]
 
 # (params, memory, last prediction, frames) → (memory, prediction, frames). All
@@ -67,9 +67,9 @@ _ENCODER = ("encoder", "pose_token")
 # The mesh's axis, along which streams are divided among devices.
 _AXIS = "stream"
 
-# A frame is one CUDA graph, with the choice of rows in it. What does not depend
-# on the other runs side by side: both streams of the decoders, the heads. Their
-# buffers share no place.
+# Encoder and step are a CUDA graph each, the choice of rows included. What does
+# not depend on the other runs side by side: both streams of the decoders, the
+# heads. Their buffers share no place.
 _OPTIONS = {
   **GPU_OPTIONS,
   "xla_gpu_enable_command_buffer": f"{GRAPH_COMMANDS},CONDITIONAL",
@@ -140,7 +140,8 @@ class StreamPrograms:
   Attributes:
     split: how arrays with a leading axis of B live on several devices; None: on
       the default device.
-    seconds: that programs took to compile: by capacity, and the "encoder".
+    seconds: that programs took to compile: steps by capacity, and the
+      "encoder", one for each number of frames and type of images.
     copy: copies a prediction, whose buffers the next step takes over.
   """
 
@@ -210,7 +211,7 @@ class StreamPrograms:
     batch, encoder_width = self._image_shape[0], self._config.encoder_width
     shape = (batch, self._look_ahead, height * width, encoder_width)
     return self._place(
-      EncodedFrames(jnp.zeros(shape), jnp.zeros(batch, jnp.int32))
+      EncodedFrames(jnp.zeros(shape, jnp.float32), jnp.zeros(batch, jnp.int32))
     )
 
   def memory_shapes(self, capacity: int) -> PointerMemory:
@@ -219,7 +220,7 @@ class StreamPrograms:
 
   def step(
     self,
-    params: StreamParams,
+    params: JoinedParams,
     capacity: int,
     unread: int,
     ahead: bool = False,
@@ -246,6 +247,7 @@ class StreamPrograms:
         tokens,
         grid=self._grid,
         unread=unread,
+        choose_rows=True,
       )
       return memory, prediction, frames.replace(next=frames.next + 1)
 
@@ -256,7 +258,7 @@ class StreamPrograms:
       run = jax.jit(
         self._divide(step, 3), donate_argnums=(1, 2, 3), keep_unused=True
       )
-      return _compile(run.lower(params.others, memory, last, frames))
+      return _compile(run.lower(params, memory, last, frames))
 
     key = (capacity, unread)
     return self._submit(key, capacity, compile_step, ahead)
@@ -273,28 +275,31 @@ class StreamPrograms:
     return self._submit((before, "to", capacity), None, compile_enlarge)
 
   def encoder(
-    self, params: StreamParams, count: int, dtype: np.dtype
+    self, params: JoinedParams, count: int, dtype: np.dtype
   ) -> concurrent.futures.Future[Encoder]:
-    """Returns the encoder of so many frames of a type at once."""
+    """Returns the encoder, compiled or being compiled.
+
+    Args:
+      params: what it will be called with.
+      count: frames that are encoded at once, T at most.
+      dtype: of the images.
+    """
+    batch, *image = self._image_shape
+    shape = (batch, count, *image) if count > 1 else self._image_shape
 
     def encode(params, frames, images):
-      tokens = encode_fn(
-        self._config,
-        self._options,
-        params.split(),
-        images.reshape(-1, *images.shape[2:]),
-      )
-      tokens = tokens.reshape(*images.shape[:2], *tokens.shape[1:])
+      images = images.reshape(-1, *image)
+      tokens = encode_fn(self._config, self._options, params.split(), images)
+      tokens = tokens.reshape(-1, count, *tokens.shape[1:])
       return EncodedFrames(
         frames.tokens.at[:, :count].set(tokens), jnp.zeros_like(frames.next)
       )
 
     def compile_encoder():
       frames = self._shapes(self.init_frames)
-      batch, *image = self._image_shape
-      images = self._array((batch, count, *image), dtype)
+      images = self._array(shape, dtype)
       run = jax.jit(self._divide(encode, 2), donate_argnums=1, keep_unused=True)
-      return _compile(run.lower(params.encoder, frames, images))
+      return _compile(run.lower(params, frames, images))
 
     return self._submit(("encoder", count, dtype), "encoder", compile_encoder)
 
@@ -348,7 +353,8 @@ class StreamPrograms:
       with _quick_turns:
         program = compile_program()
       if name is not None:
-        self.seconds[name] = time.perf_counter() - started
+        elapsed = time.perf_counter() - started
+        self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
       return program
 
     future = self._futures.get(key)

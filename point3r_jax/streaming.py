@@ -16,12 +16,17 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from point3r_jax.config import ModelConfig
-from point3r_jax.memory import PointerMemory, fuse, reset
+from point3r_jax.memory import BLOCK, PointerMemory, fuse, reset
 from point3r_jax.models.attention import IMPLEMENTATIONS
 from point3r_jax.models.compute import REMAT, Compute
 from point3r_jax.models.point3r import HEADS, Context, FrameOutput, Point3R
 from point3r_jax.params import JoinedParams, check_params
 from point3r_jax.precision import Precision, get_precision
+
+# Sixths of a memory's rows, if there are at least so many, on which decoders
+# may run instead of all.
+_ROW_SIXTHS = (4, 5)
+_MANY_ROWS = 1024
 
 
 @flax.struct.dataclass
@@ -204,6 +209,17 @@ def encode_fn(
     return model.apply({"params": params}, images, method=model.encode)
 
 
+def row_choices(capacity: int) -> tuple[int, ...]:
+  """Returns on how many rows of a memory decoders may run, ascending.
+
+  Of a small one on all of them: each choice is a program to compile.
+  """
+  if capacity < _MANY_ROWS:
+    return (capacity,)
+  fewer = (sixths * capacity // 6 for sixths in _ROW_SIXTHS)
+  return (*(rows - rows % BLOCK for rows in fewer), capacity)
+
+
 def interact_fn(
   config: ModelConfig,
   options: StepOptions,
@@ -212,11 +228,9 @@ def interact_fn(
   tokens: jax.Array,
   grid: tuple[int, int],
   unread: int = 0,
+  choose_rows: bool = False,
 ) -> tuple[PointerMemory, Prediction]:
   """What a step does with an encoded frame.
-
-  The decoders run on as few rows of pointers as hold all, out of a few numbers
-  of rows: the device chooses, for the host knows too late how many there are.
 
   Args:
     config: the model's sizes.
@@ -226,30 +240,34 @@ def interact_fn(
     tokens: (B, N, E) float32.
     grid: (h, w) with h·w = N.
     unread: see `read_memory`.
+    choose_rows: whether the device chooses on how many rows of pointers the
+      decoders run, out of `row_choices`: the host knows too late how many
+      pointers there are. Outside of a CUDA graph a GPU's host waits for it.
 
   Returns:
     The memory after the frame, and the prediction.
   """
   model = build_model(config, options)
   context = read_memory(memory, unread, model.compute.token_block)
+  capacity = context.feature.shape[1]
 
   def apply(method, *operands):
-    joined = isinstance(params, JoinedParams)
-    tree = params.split() if joined else params
+    # Within branches, so that they read joined vectors where they are.
+    tree = params.split() if isinstance(params, JoinedParams) else params
     return model.apply({"params": tree}, *operands, method=method)
 
+  def decode(rows):
+    return apply(model.decode, begun.first_pointers(rows))
+
   with jax.default_matmul_precision(options.precision.matmul):
-    start = apply(model.begin, tokens, context)
-    *fewer, _ = choices = model.compute.row_choices(start.pointers.shape[1])
-
-    def decode(rows):
-      return apply(model.decode, start.first_pointers(rows))
-
+    begun = apply(model.begin, tokens, context)
+    choices = row_choices(capacity) if choose_rows else (capacity,)
+    fewer = np.array(choices[:-1], np.int32)
     decoded = jax.lax.switch(
-      (start.count.max() > np.array(fewer)).sum(),
+      (begun.count.max() > fewer).sum(),
       [functools.partial(decode, rows) for rows in choices],
     )
-    output = apply(model.finish, tokens, start, decoded, grid)
+    output = apply(model.finish, tokens, begun, decoded, grid)
     return advance(memory, output, options)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import point3r_jax as p3r
-from point3r_jax import stream_programs
+from point3r_jax import stream_programs, streaming
 from point3r_jax.models.attention import attention
 from tests import goldens
 
@@ -111,19 +111,24 @@ def test_reference_numbers(precision, tolerance):
     )
 
 
-def test_kernels_side_by_side_are_the_same_function(monkeypatch):
-  """A frame's CUDA graph knows what waits for what."""
+@pytest.mark.parametrize("many_rows", [1024, 10**6])
+def test_kernels_side_by_side_are_the_same_function(monkeypatch, many_rows):
+  """A frame's CUDA graph knows what waits for what, with a choice of rows, too.
+
+  Compared with one kernel after the other, and without a choice.
+  """
   config, image_size = p3r.preset("point3r_512"), (384, 512)
   params = p3r.init_params(config)
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (8, *image_size, 3), np.uint8)
   results = []
-  for mode in ("CONCURRENT", "SERIALIZE"):
+  for mode, rows in (("CONCURRENT", many_rows), ("SERIALIZE", 10**6)):
+    monkeypatch.setattr(streaming, "_MANY_ROWS", rows)
     monkeypatch.setitem(
       stream_programs._OPTIONS, "xla_gpu_command_buffer_scheduling_mode", mode
     )
     stream = p3r.Stream(config, params, image_size, precision="bfloat16")
-    results.append([jax.device_get(stream(image)) for image in images])
+    results.append(jax.device_get(list(stream.extend(images))))
   for side_by_side, one_by_one in zip(*results, strict=True):
     for name in ("points_camera", "points_world", "pose"):
       found, expected = (getattr(x, name) for x in (side_by_side, one_by_one))

@@ -1,5 +1,6 @@
 """The host-side stream: growth without loss, compile counts, overflow."""
 
+import concurrent.futures
 import logging
 
 import chex
@@ -10,9 +11,8 @@ import pytest
 
 import point3r_jax as p3r
 from point3r_jax import stream as stream_module
-from point3r_jax import stream_programs
-from point3r_jax.models import compute
-from point3r_jax.models.point3r import DecoderStart
+from point3r_jax import stream_programs, streaming
+from point3r_jax.models.point3r import BegunFrame
 from tests import goldens, micro
 
 FRAMES = 6
@@ -93,7 +93,7 @@ def test_predictions_outlive_later_frames_whose_buffers_stay():
 
   def places():
     arrays = jax.tree.leaves((stream._memory, stream._last, stream._frames))
-    return sorted(array.unsafe_buffer_pointer() for array in arrays)
+    return [array.unsafe_buffer_pointer() for array in arrays]
 
   stream = make_stream(capacity=FRAMES * micro.TOKENS)
   before = places()
@@ -175,15 +175,42 @@ def test_extend_is_one_call_after_the_other(own_programs, look_ahead):
 
 
 def test_frames_in_between_do_not_disturb_what_extend_encoded():
+  """A call, another `extend` that is not taken to its end, and a reset."""
   clip, other = images(), make_stream()
   order = [0, 3, 1, 4, 2]
   expected = [jax.device_get(other(clip[i])) for i in order]
+  other.reset()
+  expected.append(jax.device_get(other(clip[5])))
   stream, found = make_stream(look_ahead=4), []
-  for i, prediction in enumerate(stream.extend(clip[:3])):
-    found.append(jax.device_get(prediction))
-    if i < 2:
-      found.append(jax.device_get(stream(clip[3 + i])))
+  frames = stream.extend(clip[[0, 1, 2, 5]])
+  found.append(jax.device_get(next(frames)))
+  found.append(jax.device_get(stream(clip[3])))
+  found.append(jax.device_get(next(frames)))
+  found.append(jax.device_get(next(stream.extend(clip[4:]))))
+  found.append(jax.device_get(next(frames)))
+  stream.reset()
+  found += map(jax.device_get, frames)
   chex.assert_trees_all_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_reset_mends_what_an_interruption_left():
+  """Between the encoder's taking over of buffers and its giving them back."""
+  stream = make_stream()
+  expected = jax.device_get(stream(images()[0]))
+
+  def interrupted(*_):
+    jax.tree.map(lambda x: x.delete(), (stream._frames, stream._last))
+    raise KeyboardInterrupt
+
+  future = concurrent.futures.Future()
+  future.set_result(interrupted)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(stream._programs, "encoder", lambda *_: future)
+    with pytest.raises(KeyboardInterrupt):
+      stream(images()[0])
+  stream.reset()
+  found = jax.device_get(stream(images()[0]))
+  chex.assert_trees_all_equal(found, expected)
 
 
 @pytest.mark.slow
@@ -250,9 +277,11 @@ def test_rows_that_are_not_read_hold_nothing(own_programs, monkeypatch):
   seen = []
   interact = stream_programs.interact_fn
 
-  def spy(config, options, params, memory, tokens, *, grid, unread):
+  def spy(config, options, params, memory, *operands, unread, **others):
     seen.append((memory.capacity, unread))
-    return interact(config, options, params, memory, tokens, grid, unread)
+    return interact(
+      config, options, params, memory, *operands, unread=unread, **others
+    )
 
   monkeypatch.setattr(stream_programs, "interact_fn", spy)
   stream = make_stream(
@@ -271,26 +300,49 @@ def test_rows_that_are_not_read_hold_nothing(own_programs, monkeypatch):
   assert stream.overflow > 0
 
 
+def test_choices_of_rows_are_blocks_of_large_memories():
+  assert streaming.row_choices(1023) == (1023,)
+  assert streaming.row_choices(3840) == (2560, 3200, 3840)
+  for capacity in range(1024, 9000, 8):
+    few, more, all_rows = streaming.row_choices(capacity)
+    assert 0 < few < more < all_rows == capacity
+    assert few % 128 == more % 128 == 0
+
+
+@pytest.mark.parametrize("rotary", [True, False])
 def test_decoders_run_on_as_few_rows_as_hold_all_pointers(
-  own_programs, monkeypatch
+  own_programs, monkeypatch, rotary
 ):
-  """Six frames' pointers, of which 28, 35 or 42 rows can be chosen."""
-  clip = images()
-  stream = make_stream(capacity=8 * micro.TOKENS, fusion=False)
-  expected = [jax.device_get(stream(image)) for image in clip]
-  monkeypatch.setattr(compute, "_MANY_ROWS", 1)
-  monkeypatch.setattr(compute, "_ROW_BLOCK", 1)
-  rows, decode = [], DecoderStart.first_pointers
+  """Pointers of two streams, of which 28, 35 or 42 rows can be chosen."""
+  options = {
+    "capacity": 8 * micro.TOKENS,
+    "batch_size": 2,
+    "fusion": False,
+    "rotary": rotary,
+  }
+
+  def run():
+    stream, found = make_stream(**options), []
+    for frame, image in enumerate(micro.images(FRAMES, 2)):
+      if frame == 2:
+        stream.reset(np.array([False, True]))
+      found.append(jax.device_get(stream(image)))
+    return found
+
+  expected = run()
+  monkeypatch.setattr(streaming, "_MANY_ROWS", 1)
+  monkeypatch.setattr(streaming, "BLOCK", 1)
+  rows, cut = [], BegunFrame.first_pointers
 
   def spy(self, count):
     rows.append(count)
-    return decode(self, count)
+    return cut(self, count)
 
-  monkeypatch.setattr(DecoderStart, "first_pointers", spy)
-  stream = make_stream(capacity=8 * micro.TOKENS, fusion=False)
-  found = [jax.device_get(stream(image)) for image in clip]
+  monkeypatch.setattr(BegunFrame, "first_pointers", spy)
+  found = run()
   assert rows == [28, 35, 42]
-  assert found[-1].pointer_count > 35 > found[-2].pointer_count > 28
+  counts = [prediction.pointer_count.tolist() for prediction in found]
+  assert counts[3:] == [[24, 12], [30, 18], [36, 24]]
   chex.assert_trees_all_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -313,12 +365,12 @@ def test_what_fails_ahead_is_said_once_and_tried_again_when_needed(
   capacity, tried = 4 * micro.TOKENS, []
   interact = stream_programs.interact_fn
 
-  def fail_once(config, options, params, memory, tokens, *, grid, unread):
+  def fail_once(config, options, params, memory, *operands, **others):
     if memory.capacity > capacity:
       tried.append(memory.capacity)
       if len(tried) == 1:
         raise MemoryError("no room")
-    return interact(config, options, params, memory, tokens, grid, unread)
+    return interact(config, options, params, memory, *operands, **others)
 
   monkeypatch.setattr(stream_programs, "interact_fn", fail_once)
   stream = make_stream(capacity=capacity, fusion=False, compile_ahead=0.0)

@@ -14,9 +14,10 @@ from jax.sharding import PartitionSpec
 
 IMPLEMENTATIONS = ("auto", "xla", "blocks", "cudnn", "hopper", "tpu")
 
-# Channels of a head that GPUs' kernels take are multiples of these.
+# Channels of a head that GPUs' kernels take: multiples of these, and up to.
 _CUDNN_CHANNELS = 8
 _HOPPER_CHANNELS = 16
+_MOST_HOPPER_CHANNELS = 128
 
 # Tokens come in blocks of so many. JAX's cuDNN attention has no gradient for
 # odd numbers of them.
@@ -38,9 +39,8 @@ def _choose(query: jax.Array, forward_only: bool) -> str:
     return "xla"
   # Only CUDA devices have one.
   capability = getattr(jax.devices()[0], "compute_capability", "")
-  if forward_only and capability == "9.0" and channels % _HOPPER_CHANNELS == 0:
-    return "hopper"
-  return "cudnn"
+  suits = channels % _HOPPER_CHANNELS == 0 and channels <= _MOST_HOPPER_CHANNELS
+  return "hopper" if forward_only and capability == "9.0" and suits else "cudnn"
 
 
 def attention(
@@ -64,7 +64,8 @@ def attention(
     implementation: "xla" (any type), "blocks" (the same for a block of queries
       at a time, for CPUs), "cudnn" (bfloat16 or float16, d a multiple of 8),
       "hopper" (a kernel of ours for these GPUs: the same types, d a multiple of
-      16), "tpu" (Pallas flash attention) or "auto" (by device and type).
+      16 up to 128), "tpu" (Pallas flash attention) or "auto" (by device and
+      type).
     forward_only: whether no derivative is to come, for "auto": those of
       "blocks" and "hopper" are XLA's and cuDNN's, which then run their own
       forward passes, too.

@@ -35,12 +35,6 @@ GRAPH_COMMANDS = (
   "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONVOLUTION,DYNAMIC_SLICE_FUSION"
 )
 
-# Rows of pointers among which the decoders have a choice: sixths of a capacity
-# of at least so many, in multiples that kernels like.
-_ROW_SIXTHS = (4, 5)
-_MANY_ROWS = 1024
-_ROW_BLOCK = 128
-
 
 def _keep(primitive: Any, *operands, **params) -> bool:
   """Keeps linear maps, norms that only normalise, and cuDNN's attention."""
@@ -118,17 +112,6 @@ class Compute:
     Products in 16 bits want eights; otherwise each would pad by itself.
     """
     return 1 if self.dtype == jnp.float32 else 8
-
-  def row_choices(self, capacity: int) -> tuple[int, ...]:
-    """Returns on how many rows of pointers the decoders may run, ascending.
-
-    The last one is all of them. With a backward pass, or for few rows, there is
-    no other choice: each is a program of its own to compile.
-    """
-    if not self.forward_only or capacity < _MANY_ROWS:
-      return (capacity,)
-    fewer = (sixths * capacity // 6 for sixths in _ROW_SIXTHS)
-    return (*(rows - rows % _ROW_BLOCK for rows in fewer), capacity)
 
   def pad_tokens(self, x: jax.Array) -> tuple[jax.Array, int, jax.Array | None]:
     """Pads a stream of tokens (B, N, D) with zeros to whole blocks.

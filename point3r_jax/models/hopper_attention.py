@@ -21,7 +21,7 @@ from jax import lax
 # Queries of a warpgroup, steps whose keys are in flight.
 _QUERIES = 64
 _STAGES = 2
-# Of the largest Hopper GPUs.
+# Of the largest Hopper GPUs, if the device is none.
 _MULTIPROCESSORS = 132
 
 
@@ -32,31 +32,32 @@ class _Form(NamedTuple):
     computing: warpgroups that compute. More share what is fetched; fewer leave
       less undone where blocks are few.
     keys: of a step.
-    channels: the most a head may have, for what registers hold.
+    channels: the most a head may have, for what registers and shared memory
+      hold.
     registers: of a thread that computes, and of one that fetches; not more than
       all have at first, or threads wait for them forever.
-    cost: time of a block, measured, relative to the others'.
+    turn: time of a block, measured, relative to the others'.
   """
 
   computing: int
   keys: int
   channels: int
   registers: tuple[int, int]
-  cost: float
+  turn: float
 
   def blocks(self, queries: int) -> int:
     """Returns how many blocks so many queries of a head make."""
     return -(-queries // (self.computing * _QUERIES))
 
-  def time(self, heads: int, queries: int) -> float:
+  def time(self, heads: int, queries: int, multiprocessors: int) -> float:
     """Returns what attention takes: whole turns of all multiprocessors."""
-    turns = -(-heads * self.blocks(queries) // _MULTIPROCESSORS)
-    return turns * self.cost
+    turns = -(-heads * self.blocks(queries) // multiprocessors)
+    return turns * self.turn
 
 
 _FORMS = (
-  _Form(3, 128, 256, (160, 32), 4.0),
-  _Form(2, 128, 256, (232, 40), 3.0),
+  _Form(3, 128, 128, (160, 32), 4.0),
+  _Form(2, 128, 128, (232, 40), 3.0),
   _Form(5, 64, 48, (88, 40), 7.0),
 )
 
@@ -64,7 +65,14 @@ _FORMS = (
 def _choose(heads: int, queries: int, channels: int) -> _Form:
   """Returns the form that takes the least time, the first of equals."""
   forms = [form for form in _FORMS if channels <= form.channels]
-  return min(forms, key=lambda form: form.time(heads, queries))
+  if not forms:
+    most = max(form.channels for form in _FORMS)
+    raise ValueError(
+      f"heads have {channels} channels, but this kernel takes {most} at most; "
+      "ask for another implementation of attention"
+    )
+  cores = getattr(jax.devices()[0], "core_count", _MULTIPROCESSORS)
+  return min(forms, key=lambda form: form.time(heads, queries, cores))
 
 
 _TILE = plgpu.Layout.WGMMA
@@ -216,8 +224,8 @@ def hopper_attention(
   """Scaled dot-product attention with scale d^-0.5; softmax in float32.
 
   Args:
-    query: (B, N, heads, d) bfloat16 or float16, d a multiple of 16, N and M
-      multiples of 8.
+    query: (B, N, heads, d) bfloat16 or float16, d a multiple of 16 up to 128,
+      N and M multiples of 8.
     key: (B, M, heads, d), of the same type; so is value.
     value: (B, M, heads, d).
     query_length: (B,) int32, the valid prefix of queries.
@@ -226,6 +234,9 @@ def hopper_attention(
   Returns:
     (B, N, heads, d) in the query's type. Beyond the query's length there is
     something finite.
+
+  Raises:
+    ValueError: for heads with more channels.
   """
   batch, num_queries, heads, channels = query.shape
   dtype = query.dtype

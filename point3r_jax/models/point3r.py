@@ -75,18 +75,19 @@ class FrameOutput:
 
 
 @flax.struct.dataclass
-class DecoderStart:
-  """What the decoders read, and what of a frame is needed after them.
+class BegunFrame:
+  """A frame before the decoders: what they read, and what is needed after.
 
   Attributes:
     image: (B, 1+N+padding, D) float32, the pose query and the image stream.
     image_length: (B,) int32, its valid prefix; None: all.
     pointers: (B, C, D) float32.
     count: (B,) int32, the valid prefix of the pointers.
-    image_rotary: tables for the image blocks, or None.
-    pointer_rotary: tables for the pointer blocks, or None.
-    summary: (B, E) float32, the mean of the frame's tokens.
-    pose_slots: (B, S, 2D) float32.
+    image_rotary: tables for the image blocks, of 1+N+padding and C rows; None
+      without rotary embedding.
+    pointer_rotary: the same for the pointer blocks.
+    summary: (B, E) float32, the mean of the frame's tokens, for after.
+    pose_slots: (B, S, 2D) float32, for after.
   """
 
   image: jax.Array
@@ -98,7 +99,7 @@ class DecoderStart:
   summary: jax.Array
   pose_slots: jax.Array
 
-  def first_pointers(self, rows: int) -> DecoderStart:
+  def first_pointers(self, rows: int) -> BegunFrame:
     """Returns the same with the first so many rows of pointers."""
 
     def cut(tree):
@@ -190,10 +191,10 @@ class Point3R(nn.Module):
     Returns:
       Predictions, the frame's pointers and the rewritten pose memory.
     """
-    start = self.begin(tokens, context)
-    return self.finish(tokens, start, self.decode(start), grid)
+    begun = self.begin(tokens, context)
+    return self.finish(tokens, begun, self.decode(begun), grid)
 
-  def begin(self, tokens: jax.Array, context: Context) -> DecoderStart:
+  def begin(self, tokens: jax.Array, context: Context) -> BegunFrame:
     """Makes what the decoders read; see `__call__` for the arguments.
 
     At a first frame the pointers are the frame's own.
@@ -226,7 +227,7 @@ class Point3R(nn.Module):
       else None
       for heads in (config.decoder_heads, config.pointer_heads)
     ]
-    return DecoderStart(
+    return BegunFrame(
       image=image,
       image_length=length,
       pointers=jnp.where(first[:, None, None], own, context.feature),
@@ -237,33 +238,41 @@ class Point3R(nn.Module):
       pose_slots=slots,
     )
 
-  def decode(
-    self, start: DecoderStart
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Runs the decoders; returns the image stream as they do, rows padded."""
+  def decode(self, begun: BegunFrame) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Runs the decoders; returns what `InterleavedDecoder` does, padded."""
     return self.decoder(
-      start.image,
-      start.pointers,
-      start.count,
-      start.image_rotary,
-      start.pointer_rotary,
-      start.image_length,
+      begun.image,
+      begun.pointers,
+      begun.count,
+      begun.image_rotary,
+      begun.pointer_rotary,
+      begun.image_length,
     )
 
   def finish(
     self,
     tokens: jax.Array,
-    start: DecoderStart,
+    begun: BegunFrame,
     decoded: tuple[jax.Array, jax.Array, jax.Array],
     grid: tuple[int, int],
   ) -> FrameOutput:
-    """Makes the output of what `begin` and `decode` returned."""
+    """Makes the output of a frame.
+
+    Args:
+      tokens: (B, N, E) float32 from `encode`.
+      begun: from `begin`.
+      decoded: from `decode`, three times (B, 1+N+padding, D) float32.
+      grid: (h, w) with h·w = N.
+
+    Returns:
+      As `__call__`.
+    """
     half, three_quarters, last = (x[:, : tokens.shape[1] + 1] for x in decoded)
     self.sow("intermediates", "decoder_half", half)
     self.sow("intermediates", "decoder_three_quarters", three_quarters)
     self.sow("intermediates", "decoder_last", last)
     pose_token, last = last[:, 0], last[:, 1:]
-    slots = self.pose_memory.update(start.summary, pose_token, start.pose_slots)
+    slots = self.pose_memory.update(begun.summary, pose_token, begun.pose_slots)
 
     maps = (tokens, half[:, 1:], three_quarters[:, 1:], last)
     raw_world = self.world_head(maps, pose_token, grid)

@@ -154,6 +154,11 @@ def test_hopper_blocks_that_take_the_least_time(
   assert form.computing == computing
 
 
+def test_hopper_blocks_have_limits_that_are_said():
+  with pytest.raises(ValueError, match=r"144 channels, .* takes 128 at most"):
+    hopper_attention._choose(16, 768, 144)
+
+
 def test_what_surrounds_the_hopper_kernel(monkeypatch):
   """Padding, lengths and derivatives, with XLA in the place of GPU kernels."""
   reference = jax.nn.dot_product_attention
