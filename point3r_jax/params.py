@@ -328,8 +328,11 @@ def join_vectors(params: Mapping[str, Any]) -> JoinedParams:
     groups.setdefault(key, ([], dtype))[0].append(path)
   arrays, paths, dtypes = [], [], []
   for where, dtype in groups.values():
-    vectors = [np.asarray(flat[path], np.float32) for path in where]
-    arrays.append(flat[where[0]] if dtype is None else np.stack(vectors))
+    if dtype is None:
+      arrays.append(flat[where[0]])
+    else:
+      vectors = [np.asarray(flat[path], np.float32) for path in where]
+      arrays.append(np.stack(vectors))
     paths.append(tuple(where))
     dtypes.append(dtype)
   return JoinedParams(tuple(arrays), tuple(paths), tuple(dtypes))

@@ -187,16 +187,12 @@ class Stream:
     if look_ahead < 1:
       raise ValueError(f"look_ahead must be at least 1, got {look_ahead}")
     self.look_ahead = look_ahead
-    self.frames = 0
     self._programs = StreamPrograms(
       config, self.options, self.image_size, batch_size, look_ahead, devices
     )
     if capacity is None and max_capacity is not None:
       capacity = min(default_capacity(config, self.image_size), max_capacity)
-    self._memory = self._programs.init_memory(capacity)
-    self._last = self._programs.init_prediction()
-    self._frames = self._programs.init_frames()
-    self._encoded = None
+    self._start(capacity)
     if max_capacity is not None and max_capacity < self.capacity:
       raise ValueError(
         f"max_capacity {max_capacity} is below the first capacity "
@@ -207,12 +203,9 @@ class Stream:
     self._params = self._programs.put(
       cast_params(params, self.options.precision)
     )
-    self._tokens = self._memory.image_position.shape[1]
     self._clear = jax.jit(
       reset, donate_argnums=0, out_shardings=self._programs.split
     )
-    self._counts = _Counts(self._tokens)
-    self._warned = False
 
   @property
   def memory(self) -> PointerMemory:
@@ -284,14 +277,7 @@ class Stream:
         )
       self._memory = self._clear(self._memory, which)
       return
-    self._memory = self._programs.init_memory(self.capacity)
-    # An interrupted frame may have taken these over.
-    self._last = self._programs.init_prediction()
-    self._frames = self._programs.init_frames()
-    self._encoded = None
-    self.frames = 0
-    self._counts = _Counts(self._tokens)
-    self._warned = False
+    self._start(self.capacity)
 
   def wait_for_compiles(self) -> None:
     """Returns once no step is being compiled in the background."""
@@ -347,6 +333,17 @@ class Stream:
         while taken < len(chunk) and self._encoded is encoded:
           taken += 1
           yield self._take()
+
+  def _start(self, capacity: int | None) -> None:
+    """Makes all of a new stream: an interrupted frame may have taken any."""
+    self._memory = self._programs.init_memory(capacity)
+    self._last = self._programs.init_prediction()
+    self._frames = self._programs.init_frames()
+    self._encoded = None
+    self._tokens = self._memory.image_position.shape[1]
+    self._counts = _Counts(self._tokens)
+    self._warned = False
+    self.frames = 0
 
   def _check(self, image: ArrayLike) -> np.ndarray | jax.Array:
     """Returns an image of each stream; raises ValueError for others."""

@@ -172,6 +172,7 @@ def test_extend_is_one_call_after_the_other(own_programs, look_ahead):
     stream.memory, one_by_one.memory, atol=1e-5, rtol=1e-5
   )
   assert stream.frames == FRAMES
+  assert "encoder" in stream.compile_seconds
 
 
 def test_frames_in_between_do_not_disturb_what_extend_encoded():

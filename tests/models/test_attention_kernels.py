@@ -9,6 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
+from point3r_jax.models import attention as attention_module
 from point3r_jax.models import hopper_attention
 from point3r_jax.models.attention import attention
 from point3r_jax.training.sharding import make_mesh
@@ -155,6 +156,8 @@ def test_hopper_blocks_that_take_the_least_time(
 
 
 def test_hopper_blocks_have_limits_that_are_said():
+  most = max(form.channels for form in hopper_attention._FORMS)
+  assert attention_module._MOST_HOPPER_CHANNELS == most == 128
   with pytest.raises(ValueError, match=r"144 channels, .* takes 128 at most"):
     hopper_attention._choose(16, 768, 144)
 
