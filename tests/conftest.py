@@ -71,6 +71,24 @@ def shared_programs(monkeypatch):
   monkeypatch.setattr(stream, "StreamPrograms", share)
 
 
+@pytest.fixture
+def own_programs(monkeypatch, shared_programs):
+  """For tests of what is compiled."""
+  from point3r_jax import stream, stream_programs
+
+  monkeypatch.setattr(stream, "StreamPrograms", stream_programs.StreamPrograms)
+
+
+@pytest.fixture
+def finished_streams():
+  """No test counts what another one's streams compile in the background."""
+  from tests.streams import OPEN
+
+  yield
+  while OPEN:
+    OPEN.pop().wait_for_compiles()
+
+
 @pytest.fixture(scope="module")
 def checkpoints_read_once():
   """Reading one takes as long as a small run, and is tested elsewhere."""
