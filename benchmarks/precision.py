@@ -24,7 +24,7 @@ from point3r_jax.checkpoints import load_checkpoint
 from point3r_jax.data.synthetic.source import SyntheticSource
 from point3r_jax.geometry import pose_to_matrix
 from point3r_jax.memory import init_memory
-from point3r_jax.params import cast_params
+from point3r_jax.params import prepare_params
 from point3r_jax.precision import POLICIES
 from point3r_jax.streaming import Prediction, step
 
@@ -78,7 +78,7 @@ def measure(
     axis=1,
   )
   steps = {
-    name: (functools.partial(step, config, cast_params(params, name)), name)
+    name: (functools.partial(step, config, prepare_params(params, name)), name)
     for name in (_REFERENCE, *precisions)
   }
   tokens = int(np.prod(config.grid(image_size)))

@@ -37,10 +37,10 @@ from point3r_jax.array_files import (
 from point3r_jax.config import PRESETS, ModelConfig, preset
 from point3r_jax.files import atomic_file
 from point3r_jax.params import (
-  cast_params,
   check_params,
   init_params,
   merge,
+  prepare_params,
   stack_layers,
   unstack_layers,
 )
@@ -60,7 +60,7 @@ UNTRAINED = "untrained:"
 def _check(config: ModelConfig, params: Mapping[str, Any]) -> None:
   """Raises CheckpointError unless the tree is just what the config needs."""
   try:
-    check_params(config, params)
+    check_params(config, params, prepared=False)
   except ValueError as error:
     raise CheckpointError(str(error)) from error
 
@@ -287,8 +287,9 @@ def load_checkpoint(
       a training run wrote (its latest step), or one of the latter's steps; the
       name of one that comes with the package; or "untrained:PRESET" for fresh
       random weights of a preset's size.
-    precision: cast to this policy's types before the weights go to the device
-      (halves device memory under bfloat16); None keeps the stored types.
+    precision: prepare for this policy before the weights go to the device
+      (halves device memory under bfloat16), see `prepare_params`; None keeps
+      what is stored.
     scan_layers: load for a model whose layers are scanned.
     ema: load the moving average that a training run kept.
 
@@ -308,7 +309,7 @@ def load_checkpoint(
   else:
     config, params = load_params_to_host(checkpoint, ema=ema)
   if precision is not None:
-    params = cast_params(params, precision)
+    params = prepare_params(params, precision)
   if scan_layers:
     config = config.replace(scan_layers=True)
     params = stack_layers(params)

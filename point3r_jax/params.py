@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -133,11 +133,19 @@ def list_problems(problems: Mapping[str, Sequence[str]]) -> str:
   )
 
 
-def check_params(config: ModelConfig, params: Mapping[str, Any]) -> None:
-  """Raises ValueError unless the tree is just what the config needs."""
+def check_params(
+  config: ModelConfig, params: Mapping[str, Any], prepared: bool = True
+) -> None:
+  """Raises ValueError unless the tree is just what the config needs.
+
+  Args:
+    config: the model's sizes.
+    params: nested dictionary of arrays.
+    prepared: whether it may also be what `prepare_params` makes of that.
+  """
   want = flat_shapes(param_shapes(config))
   have = flat_shapes(params)
-  if want == have:
+  if want == have or (prepared and have == _prepared_shapes(config)):
     return
   other = config.replace(scan_layers=not config.scan_layers)
   if flat_shapes(param_shapes(other)) == have:
@@ -197,14 +205,15 @@ def cast_params(params: dict, precision: str | Precision) -> dict:
 def fold_norms(params: dict) -> dict:
   """Makes the affine maps of blocks' norms part of the linear maps behind them.
 
-  (x·γ + β)·W + b = x·(γ·W) + (β·W + b): so a block only has to normalise, and
-  gradients of γ and β are made of those of W and b, not summed over tokens.
+  (x·γ + β)·W + b = x·(γ·W) + (β·W + b): so a block only has to normalise, what
+  several blocks read is normalised once, and gradients of γ and β are made of
+  those of W and b, not summed over tokens.
 
   Args:
-    params: nested dictionary of float32 arrays, with any layout of layers.
+    params: nested dictionary of arrays, with any layout of layers.
 
   Returns:
-    The same without these norms; see `models.layers`.
+    The same without these norms, in the same types; see `models.layers`.
   """
   if not isinstance(params, Mapping):
     return params
@@ -214,18 +223,75 @@ def fold_norms(params: dict) -> dict:
       continue
     affine = folded.pop(norm)
     for part, name in linears:
-      linear = folded[part][name]
-      kernel = linear["kernel"]
-      shift = jnp.einsum(
-        "...i,...io->...o", affine["bias"], kernel, precision="highest"
-      )
-      folded[part] = folded[part] | {
-        name: {
-          "kernel": affine["scale"][..., None] * kernel,
-          "bias": linear["bias"] + shift,
-        }
-      }
+      linear = _fold(affine, folded[part][name])
+      folded[part] = folded[part] | {name: linear}
   return folded
+
+
+def _fold(affine: dict, linear: dict) -> dict:
+  """Returns the linear map of what an affine map gives."""
+  kernel = linear["kernel"].astype(np.float32)
+  exact = functools.partial(jnp.matmul, precision="highest")
+  multiply = np.matmul if _on_host(kernel) else exact
+  shift = multiply(affine["bias"][..., None, :], kernel)[..., 0, :]
+  return {
+    "kernel": (affine["scale"][..., None] * kernel).astype(
+      linear["kernel"].dtype
+    ),
+    "bias": (linear["bias"] + shift).astype(linear["bias"].dtype),
+  }
+
+
+def join_keys_and_values(params: dict) -> dict:
+  """Makes one linear map of each cross-attention's keys and values.
+
+  Args:
+    params: nested dictionary of arrays, with any layout of layers.
+
+  Returns:
+    The same with "key_value" instead of "key" and "value"; see `models.layers`.
+  """
+  if not isinstance(params, Mapping):
+    return params
+  if "key" not in params:
+    return {name: join_keys_and_values(leaf) for name, leaf in params.items()}
+  rest = dict(params)
+  pair = rest.pop("key"), rest.pop("value")
+  join = np.concatenate if _on_host(pair) else jnp.concatenate
+  joined = jax.tree.map(lambda *leaves: join(leaves, axis=-1), *pair)
+  return rest | {"key_value": joined}
+
+
+def prepare_params(params: dict, precision: str | Precision) -> dict:
+  """Prepares parameters for frames that have no backward pass.
+
+  Casts them; in 16 bits also folds norms and joins keys and values: the same
+  function but for its rounding. What is prepared stays as it is.
+
+  Args:
+    params: nested dictionary of arrays, with any layout of layers.
+    precision: a policy or its name.
+
+  Returns:
+    A nested dictionary that runs under this policy; NumPy arrays stay on the
+    host.
+  """
+  precision = get_precision(precision)
+  if precision.dtype != jnp.float32:
+    params = join_keys_and_values(fold_norms(params))
+  return cast_params(params, precision)
+
+
+@functools.cache
+def _prepared_shapes(config: ModelConfig) -> dict[str, Shape]:
+  """Returns path → shape of what `prepare_params` makes in 16 bits."""
+  prepare = functools.partial(prepare_params, precision="bfloat16")
+  return flat_shapes(jax.eval_shape(prepare, param_shapes(config)))
+
+
+def _on_host(tree: Any) -> bool:
+  """Says whether the arrays of a tree, all alike, are NumPy's."""
+  return isinstance(jax.tree.leaves(tree)[0], np.ndarray)
 
 
 def stack_layers(params: dict) -> dict:
@@ -235,8 +301,7 @@ def stack_layers(params: dict) -> dict:
     rest = dict(tree)
     depth = sum(key.startswith(layer) for key in tree) - keep
     layers = [rest.pop(f"{layer}{i}") for i in range(depth)]
-    numpy = isinstance(jax.tree.leaves(layers)[0], np.ndarray)
-    join = np.stack if numpy else jnp.stack
+    join = np.stack if _on_host(layers) else jnp.stack
     return {**rest, stacked: jax.tree.map(lambda *x: join(x), *layers)}
 
   return {**params, **{n: stack(params[n], *rest) for n, *rest in _STACKS}}
@@ -268,71 +333,49 @@ class JoinedParams:
   """Parameters in few arrays, all on one level: so programs are called faster.
 
   Attributes:
-    arrays: each a parameter, or n vectors (n, …) float32 of one shape and type.
-    paths: of each array, where it belongs, or where its n vectors do.
-    dtypes: of each array, the type that its vectors have there; None: it is a
-      parameter.
+    arrays: each a parameter, or n biases (n, …) float32 of one shape.
+    paths: of each array, where it belongs, or where its n biases do.
+    joined: of each array, whether it is of biases, bfloat16 where they belong.
   """
 
   arrays: tuple[jax.Array, ...]
   paths: tuple[tuple[tuple[str, ...], ...], ...] = flax.struct.field(
     pytree_node=False
   )
-  dtypes: tuple[np.dtype | None, ...] = flax.struct.field(pytree_node=False)
-
-  def rounded(self) -> JoinedParams:
-    """Takes apart and rounds what is not to be float32.
-
-    Once, before branches that share it.
-    """
-    parts = []
-    for array, paths, dtype in self._parts():
-      if dtype in (None, jnp.float32):
-        parts.append((array, paths, dtype))
-      else:
-        vectors = zip(paths, array, strict=True)
-        parts += [(x.astype(dtype), (path,), None) for path, x in vectors]
-    return JoinedParams(*zip(*parts, strict=True))
+  joined: tuple[bool, ...] = flax.struct.field(pytree_node=False)
 
   def split(self) -> dict:
     """Returns the nested dictionary of all; for use where one traces."""
     flat = {}
-    for array, paths, dtype in self._parts():
-      leaves = [array] if dtype is None else [x.astype(dtype) for x in array]
+    for array, paths, joined in zip(
+      self.arrays, self.paths, self.joined, strict=True
+    ):
+      leaves = [x.astype(jnp.bfloat16) for x in array] if joined else [array]
       flat |= zip(paths, leaves, strict=True)
     return flax.traverse_util.unflatten_dict(flat)
 
-  def _parts(self) -> Iterator[tuple]:
-    return zip(self.arrays, self.paths, self.dtypes, strict=True)
 
+def join_biases(params: Mapping[str, Any]) -> JoinedParams:
+  """Joins bfloat16 biases, on the host.
 
-def join_vectors(params: Mapping[str, Any]) -> JoinedParams:
-  """Joins norms' vectors and bfloat16 biases, on the host.
-
-  A GPU's kernels that normalise read their vectors where they are: in each
-  block at the same places, so that blocks share kernels. A matrix product wants
-  its bias apart: so biases of one shape are kept in float32, and XLA's kernels
-  that round them write many at once; float32 biases would be copied one by one
-  every frame and are left alone.
+  A matrix product wants its bias apart: so biases of one shape are kept in
+  float32, and XLA's kernels that round them write many at once; float32 biases
+  would be copied one by one every frame and are left alone.
   """
   flat = flax.traverse_util.flatten_dict(params)
   groups = {}
   for path, leaf in flat.items():
-    block, kind = path[:-2], (leaf.shape, leaf.dtype)
-    if path[-2:-1] and path[-2].endswith("norm"):
-      key, dtype = (block, *kind), leaf.dtype
-    elif path[-1] == "bias" and leaf.dtype == jnp.bfloat16:
-      key, dtype = kind, leaf.dtype
-    else:
-      key, dtype = path, None
-    groups.setdefault(key, ([], dtype))[0].append(path)
-  arrays, paths, dtypes = [], [], []
-  for where, dtype in groups.values():
-    if dtype is None:
-      arrays.append(flat[where[0]])
-    else:
-      vectors = [np.asarray(flat[path], np.float32) for path in where]
-      arrays.append(np.stack(vectors))
-    paths.append(tuple(where))
-    dtypes.append(dtype)
-  return JoinedParams(tuple(arrays), tuple(paths), tuple(dtypes))
+    joined = path[-1] == "bias" and leaf.dtype == jnp.bfloat16
+    key = leaf.shape if joined else path
+    groups.setdefault((key, joined), []).append(path)
+  arrays = [
+    np.stack([np.asarray(flat[path], np.float32) for path in paths])
+    if joined
+    else flat[paths[0]]
+    for (_, joined), paths in groups.items()
+  ]
+  return JoinedParams(
+    arrays=tuple(arrays),
+    paths=tuple(map(tuple, groups.values())),
+    joined=tuple(joined for _, joined in groups),
+  )

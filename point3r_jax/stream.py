@@ -20,7 +20,7 @@ from point3r_jax.memory import (
   next_capacity,
   reset,
 )
-from point3r_jax.params import cast_params, check_params
+from point3r_jax.params import check_params, prepare_params
 from point3r_jax.stream_programs import Step, StreamPrograms
 from point3r_jax.streaming import (
   Prediction,
@@ -201,7 +201,7 @@ class Stream:
     self._max_capacity = max_capacity
     self._compile_ahead = compile_ahead
     self._params = self._programs.put(
-      cast_params(params, self.options.precision)
+      prepare_params(params, self.options.precision)
     )
     self._clear = jax.jit(
       reset, donate_argnums=0, out_shardings=self._programs.split

@@ -21,7 +21,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from point3r_jax.config import ModelConfig
 from point3r_jax.memory import PointerMemory, grow, init_memory
 from point3r_jax.models.compute import GPU_OPTIONS, GRAPH_COMMANDS
-from point3r_jax.params import JoinedParams, join_vectors
+from point3r_jax.params import JoinedParams, join_biases
 from point3r_jax.streaming import (
   Prediction,
   StepOptions,
@@ -67,10 +67,17 @@ _ENCODER = ("encoder", "pose_token")
 # The mesh's axis, along which streams are divided among devices.
 _AXIS = "stream"
 
-# Encoder and step are a CUDA graph each, the choice of rows included. What does
-# not depend on the other runs side by side: both streams of the decoders, the
-# heads. Their buffers share no place.
-_OPTIONS = {
+# Encoder and step are a CUDA graph each. The encoder's kernels follow one
+# another.
+_ENCODER_OPTIONS = {
+  **GPU_OPTIONS,
+  "xla_gpu_enable_command_buffer": GRAPH_COMMANDS,
+  "xla_gpu_command_buffer_scheduling_mode": "SERIALIZE",
+}
+# The step's has the choice of rows in it, and what does not depend on the other
+# runs side by side: both streams of the decoders, the heads. Their buffers
+# share no place.
+_STEP_OPTIONS = {
   **GPU_OPTIONS,
   "xla_gpu_enable_command_buffer": f"{GRAPH_COMMANDS},CONDITIONAL",
   "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
@@ -109,9 +116,11 @@ class _QuickTurns:
 _quick_turns = _QuickTurns()
 
 
-def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+def _compile(
+  lowered: jax.stages.Lowered, gpu_options: dict[str, str | bool | int]
+) -> jax.stages.Compiled:
   gpu = jax.default_backend() == "gpu"
-  return lowered.compile(_OPTIONS if gpu else None)
+  return lowered.compile(gpu_options if gpu else None)
 
 
 def _warn_of_failure(
@@ -191,7 +200,7 @@ class StreamPrograms:
     everywhere = self.split and NamedSharding(self.split.mesh, PartitionSpec())
     encoder = {name: params[name] for name in _ENCODER}
     others = {name: x for name, x in params.items() if name != "encoder"}
-    joined = StreamParams(join_vectors(encoder), join_vectors(others))
+    joined = StreamParams(join_biases(encoder), join_biases(others))
     return jax.tree.map(_arrange, jax.device_put(joined, everywhere))
 
   def init_memory(self, capacity: int | None) -> PointerMemory:
@@ -242,7 +251,7 @@ class StreamPrograms:
       memory, prediction = interact_fn(
         self._config,
         self._options,
-        params.rounded(),
+        params.split(),
         memory,
         tokens,
         grid=self._grid,
@@ -258,7 +267,7 @@ class StreamPrograms:
       run = jax.jit(
         self._divide(step, 3), donate_argnums=(1, 2, 3), keep_unused=True
       )
-      return _compile(run.lower(params, memory, last, frames))
+      return _compile(run.lower(params, memory, last, frames), _STEP_OPTIONS)
 
     key = (capacity, unread)
     return self._submit(key, capacity, compile_step, ahead)
@@ -270,7 +279,8 @@ class StreamPrograms:
 
     def compile_enlarge():
       run = jax.jit(grow, static_argnums=1, out_shardings=self.split)
-      return _compile(run.lower(self.memory_shapes(before), capacity))
+      lowered = run.lower(self.memory_shapes(before), capacity)
+      return _compile(lowered, GPU_OPTIONS)
 
     return self._submit((before, "to", capacity), None, compile_enlarge)
 
@@ -299,7 +309,7 @@ class StreamPrograms:
       frames = self._shapes(self.init_frames)
       images = self._array(shape, dtype)
       run = jax.jit(self._divide(encode, 2), donate_argnums=1, keep_unused=True)
-      return _compile(run.lower(params, frames, images))
+      return _compile(run.lower(params, frames, images), _ENCODER_OPTIONS)
 
     return self._submit(("encoder", count, dtype), "encoder", compile_encoder)
 

@@ -20,7 +20,7 @@ from point3r_jax.memory import BLOCK, PointerMemory, fuse, reset
 from point3r_jax.models.attention import IMPLEMENTATIONS
 from point3r_jax.models.compute import REMAT, Compute
 from point3r_jax.models.point3r import HEADS, Context, FrameOutput, Point3R
-from point3r_jax.params import JoinedParams, check_params
+from point3r_jax.params import check_params
 from point3r_jax.precision import Precision, get_precision
 
 # Sixths of a memory's rows, if there are at least so many, on which decoders
@@ -223,7 +223,7 @@ def row_choices(capacity: int) -> tuple[int, ...]:
 def interact_fn(
   config: ModelConfig,
   options: StepOptions,
-  params: dict | JoinedParams,
+  params: dict,
   memory: PointerMemory,
   tokens: jax.Array,
   grid: tuple[int, int],
@@ -235,7 +235,7 @@ def interact_fn(
   Args:
     config: the model's sizes.
     options: the step's options.
-    params: nested dictionary; or joined, to be split where they are used.
+    params: nested dictionary.
     memory: of B streams.
     tokens: (B, N, E) float32.
     grid: (h, w) with h·w = N.
@@ -252,9 +252,7 @@ def interact_fn(
   capacity = context.feature.shape[1]
 
   def apply(method, *operands):
-    # Within branches, so that they read joined vectors where they are.
-    tree = params.split() if isinstance(params, JoinedParams) else params
-    return model.apply({"params": tree}, *operands, method=method)
+    return model.apply({"params": params}, *operands, method=method)
 
   def decode(rows):
     return apply(model.decode, begun.first_pointers(rows))

@@ -5,13 +5,12 @@ import shutil
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import point3r_jax as p3r
 from point3r_jax.checkpoints import load_config, load_metadata
-from point3r_jax.params import param_shapes
+from point3r_jax.params import prepare_params
 from tests import micro
 
 
@@ -33,14 +32,16 @@ def test_round_trip(checkpoint):
   assert sorted(p.name for p in checkpoint.parent.iterdir()) == ["model"]
 
 
-def test_load_casts_and_stacks(checkpoint):
+def test_load_prepares_and_stacks(checkpoint):
   config, params = p3r.load_checkpoint(
     checkpoint, precision="bfloat16", scan_layers=True
   )
   assert config.scan_layers
-  chex.assert_trees_all_equal_shapes(params, param_shapes(config))
-  blocks = params["encoder"]["blocks"]
-  assert blocks["mlp"]["hidden"]["kernel"].dtype == jnp.bfloat16
+  expected = prepare_params(micro.scanned_params(), "bfloat16")
+  chex.assert_trees_all_equal_shapes_and_dtypes(params, expected)
+  assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(params))
+  with pytest.raises(p3r.CheckpointError, match="key_value"):
+    p3r.save_checkpoint(checkpoint.parent / "prepared", config, params)
 
 
 def test_untrained_presets():

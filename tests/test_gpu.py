@@ -66,7 +66,7 @@ def test_hopper_attention_takes_lengths_of_both(tokens, head_dim):
   result = attention(
     query,
     key,
-    value,
+    jnp.concatenate([key, value], axis=2),  # The last heads count.
     query_length=lengths,
     key_length=lengths[::-1],
     implementation="hopper",
@@ -125,7 +125,9 @@ def test_kernels_side_by_side_are_the_same_function(monkeypatch, many_rows):
   for mode, rows in (("CONCURRENT", many_rows), ("SERIALIZE", 10**6)):
     monkeypatch.setattr(streaming, "_MANY_ROWS", rows)
     monkeypatch.setitem(
-      stream_programs._OPTIONS, "xla_gpu_command_buffer_scheduling_mode", mode
+      stream_programs._STEP_OPTIONS,
+      "xla_gpu_command_buffer_scheduling_mode",
+      mode,
     )
     stream = p3r.Stream(config, params, image_size, precision="bfloat16")
     results.append(jax.device_get(list(stream.extend(images))))

@@ -1,4 +1,6 @@
-"""Fresh parameters, policies' types and the two layouts of layers."""
+"""Fresh parameters, policies' types and the layouts of parameters."""
+
+import functools
 
 import chex
 import jax
@@ -9,10 +11,13 @@ import pytest
 import point3r_jax as p3r
 from point3r_jax.params import (
   cast_params,
+  check_params,
   flat_shapes,
   fold_norms,
-  join_vectors,
+  join_biases,
+  join_keys_and_values,
   param_shapes,
+  prepare_params,
   stack_layers,
   unstack_layers,
 )
@@ -103,21 +108,77 @@ def test_norms_become_part_of_the_linear_maps_behind(stacked):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-  ("precision", "share"), [("float32", 0.2), ("bfloat16", 0.4)]
-)
-def test_vectors_are_joined_and_split_again(precision, share):
-  params = cast_params(micro.params(), precision)
-  joined = join_vectors(params)
-  count = len(jax.tree.leaves(params))
-  parts = zip(joined.paths, joined.dtypes, strict=True)
-  groups = [len(paths) for paths, dtype in parts if dtype is not None]
-  assert sum(groups) > share * count
-  left = count - sum(groups) + len(groups)
+@pytest.mark.parametrize("host", [True, False])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_keys_and_values_are_joined(stacked, host):
+  params = micro.scanned_params() if stacked else micro.params()
+  params = jax.tree.map(np.asarray if host else jnp.asarray, params)
+  joined = join_keys_and_values(params)
+  stack = (lambda tree: tree["layers"]) if stacked else (lambda t: t["layer_1"])
+  for block in ("image_block", "pointer_block"):
+    before, after = (
+      stack(tree["decoder"])[block]["cross_attention"]
+      for tree in (params, joined)
+    )
+    assert set(after) == {"query", "key_value", "projection"}
+    for leaf in ("kernel", "bias"):
+      found = after["key_value"][leaf]
+      assert isinstance(found, np.ndarray if host else jax.Array)
+      key, value = np.split(found, 2, axis=-1)
+      np.testing.assert_array_equal(key, before["key"][leaf])
+      np.testing.assert_array_equal(value, before["value"][leaf])
+
+
+@pytest.mark.parametrize("host", [True, False])
+def test_prepared_parameters_stay_as_they_are(host):
+  params = jax.tree.map(np.asarray if host else jnp.asarray, micro.params())
+  prepared = prepare_params(params, "bfloat16")
+  kinds = {isinstance(x, np.ndarray) for x in jax.tree.leaves(prepared)}
+  assert kinds == {host}
+  chex.assert_trees_all_equal_dtypes(
+    prepared, cast_params(prepared, "bfloat16")
+  )
+  again = prepare_params(prepared, "bfloat16")
+  chex.assert_trees_all_equal(again, prepared)
+  chex.assert_trees_all_equal_dtypes(again, prepared)
+  chex.assert_trees_all_equal(prepare_params(params, "float32"), params)
+
+
+def test_parameters_are_prepared_after_they_were_cast_too():
+  cast = cast_params(micro.params(), "bfloat16")
+  twice = prepare_params(cast, "bfloat16")
+  once = prepare_params(micro.params(), "bfloat16")
+  chex.assert_trees_all_equal_dtypes(twice, once)
+  as_float32 = functools.partial(jax.tree.map, np.float32)
+  chex.assert_trees_all_close(
+    as_float32(twice), as_float32(once), rtol=2**-6, atol=2**-7
+  )
+
+
+def test_only_what_asks_for_it_takes_prepared_parameters():
+  prepared = prepare_params(micro.params(), "bfloat16")
+  check_params(micro.CONFIG, prepared)
+  with pytest.raises(ValueError, match="key_value"):
+    check_params(micro.CONFIG, prepared, prepared=False)
+  del prepared["pose_token"]
+  with pytest.raises(ValueError, match=r"missing: .*pose_token"):
+    check_params(micro.CONFIG, prepared)
+
+
+def test_biases_are_joined_and_split_again():
+  params = cast_params(micro.params(), "bfloat16")
+  flat = flat_shapes(params)
+  joined = join_biases(params)
+  groups = [
+    len(paths)
+    for paths, biases in zip(joined.paths, joined.joined, strict=True)
+    if biases
+  ]
+  assert sum(groups) > 0.2 * len(flat)
+  left = len(flat) - sum(groups) + len(groups)
   assert len(jax.tree.leaves(joined)) == left
   chex.assert_trees_all_equal_shapes_and_dtypes(joined.split(), params)
   chex.assert_trees_all_equal(jax.jit(lambda x: x.split())(joined), params)
-  chex.assert_trees_all_equal(joined.rounded().split(), params)
 
 
 def test_fresh_parameters_come_in_the_layout_of_the_config():

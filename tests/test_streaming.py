@@ -10,7 +10,14 @@ import pytest
 
 import point3r_jax as p3r
 from point3r_jax import streaming
-from point3r_jax.params import cast_params, param_shapes, stack_layers
+from point3r_jax.params import (
+  cast_params,
+  fold_norms,
+  join_keys_and_values,
+  param_shapes,
+  prepare_params,
+  stack_layers,
+)
 from tests import micro
 
 FRAMES, CAPACITY = 4, 4 * micro.TOKENS
@@ -189,6 +196,25 @@ def test_bfloat16_is_close_and_the_same_with_cast_params():
   error = np.abs(rounded.points_world - exact.points_world).mean()
   size = np.linalg.norm(exact.points_world, axis=-1).mean()
   assert 1e-6 < error / size < 0.1
+
+
+def test_folded_norms_and_joined_keys_are_the_same_function():
+  images = micro.images(FRAMES, 1)
+  prepared = join_keys_and_values(fold_norms(micro.scanned_params()))
+  assert_close(run(images, prepared), run(images), atol=1e-4)
+
+
+def test_prepared_parameters_round_as_little_as_cast_ones():
+  images = micro.images(FRAMES, 1)
+  exact = run(images)[1].points_world
+  errors = [
+    np.abs(
+      run(images, prepare(micro.scanned_params(), "bfloat16"))[1].points_world
+      - exact
+    ).mean()
+    for prepare in (cast_params, prepare_params)
+  ]
+  assert 0 < errors[1] < 1.5 * errors[0]
 
 
 def test_scan_traces_once(monkeypatch):

@@ -58,7 +58,8 @@ def attention(
   Args:
     query: (B, N, heads, d).
     key: (B, M, heads, d).
-    value: (B, M, heads, d).
+    value: (B, M, heads, d); or with more heads, of which the last ones count:
+      so what is joined with other things need not be taken apart.
     query_length: (B,) int32, the valid prefix of queries; None: all.
     key_length: (B,) int32, the valid prefix of keys, at least 1; None: all.
     implementation: "xla" (any type), "blocks" (the same for a block of queries
@@ -82,10 +83,12 @@ def attention(
       f"unknown attention implementation {implementation!r}; "
       f"there are {IMPLEMENTATIONS}"
     )
-  if key.shape[1] == 1:
-    return jnp.broadcast_to(value, query.shape)  # Softmax over one key is 1.
   if implementation == "auto":
     implementation = _choose(query, forward_only)
+  if implementation != "hopper" or key.shape[1] == 1:
+    value = value[:, :, -query.shape[2] :]
+  if key.shape[1] == 1:
+    return jnp.broadcast_to(value, query.shape)  # Softmax over one key is 1.
   if implementation == "xla":
     return jax.nn.dot_product_attention(
       query,

@@ -186,8 +186,9 @@ def _kernel(
 
     def fetch(source, step, tiles, ready):
       rows = pl.ds(step * form.keys, form.keys)
+      last = source.shape[2] - query.shape[2] + head
       plgpu.copy_gmem_to_smem(
-        source.at[batch, rows, head], tiles.at[slot(step)], ready.at[slot(step)]
+        source.at[batch, rows, last], tiles.at[slot(step)], ready.at[slot(step)]
       )
 
     @pl.loop(0, jnp.minimum(steps, _STAGES))
@@ -227,7 +228,7 @@ def hopper_attention(
     query: (B, N, heads, d) bfloat16 or float16, d a multiple of 16 up to 128,
       N and M multiples of 8.
     key: (B, M, heads, d), of the same type; so is value.
-    value: (B, M, heads, d).
+    value: (B, M, heads, d); or with more heads, of which the last ones count.
     query_length: (B,) int32, the valid prefix of queries.
     key_length: (B,) int32, the valid prefix of keys, at least 1.
 

@@ -120,8 +120,10 @@ class Linear(nn.Module):
     return add_bias(y, bias).astype(result)
 
 
-def layer_norm(compute: Compute, name: str | None = None) -> nn.LayerNorm:
-  """LayerNorm with ε = 1e-6 and an affine map, in and out of float32.
+def layer_norm(
+  compute: Compute, name: str | None = None, affine: bool = True
+) -> nn.LayerNorm:
+  """LayerNorm with ε = 1e-6, in and out of float32.
 
   XLA makes this one kernel on GPUs if the variance is E[(x − E[x])²]. With a
   backward pass to come, E[x²] − E[x]² takes fewer; its error is far below that
@@ -130,6 +132,8 @@ def layer_norm(compute: Compute, name: str | None = None) -> nn.LayerNorm:
   return nn.LayerNorm(
     epsilon=_EPSILON,
     dtype=jnp.float32,
+    use_scale=affine,
+    use_bias=affine,
     use_fast_variance=not compute.forward_only and compute.dtype != jnp.float32,
     name=name,
   )
@@ -166,15 +170,16 @@ _normalize.defvjp(_normalize_forward, _normalize_backward)
 def _norm(block: nn.Module, name: str, x: jax.Array) -> jax.Array:
   """Normalises a block's x (…, C) float32 for the linear map behind.
 
-  In training `params.fold_norms` may have made the norm's affine map a part of
-  that linear map: then the norm has no parameters, and the result is of the
-  policy's type. Otherwise it is float32.
+  `params.fold_norms` may have made the norm's affine map a part of that linear
+  map: then the norm has no parameters, and XLA computes but one of those that
+  read the same. In training its result then is of the policy's type, otherwise
+  float32.
   """
   compute = block.compute
-  folded = not (block.is_initializing() or block.has_variable("params", name))
-  if folded and not compute.forward_only:
-    return _normalize(x, compute.dtype)
-  return layer_norm(compute, name)(x)
+  affine = block.is_initializing() or block.has_variable("params", name)
+  if affine or compute.forward_only:
+    return layer_norm(compute, name, affine)(x)
+  return _normalize(x, compute.dtype)
 
 
 def gelu(x: jax.Array, exact: bool = True) -> jax.Array:
@@ -249,6 +254,21 @@ def _mlp(compute: Compute, ratio: int, width: int) -> Mlp:
   )
 
 
+def _part(
+  x: jax.Array, parts: int, heads: int, compute: Compute
+) -> list[jax.Array]:
+  """Parts (B, N, parts·D) into arrays (B, N, heads, d), the values last.
+
+  Without a backward pass values stay where they are: they are the last heads of
+  (B, N, parts·heads, d).
+  """
+  tokens = x.shape[:2]
+  *others, value = jnp.unstack(x.reshape(*tokens, parts, heads, -1), axis=2)
+  if compute.forward_only:
+    value = x.reshape(*tokens, parts * heads, -1)
+  return [*others, value]
+
+
 class SelfAttention(nn.Module):
   """Multi-head self-attention with a fused query-key-value projection."""
 
@@ -276,15 +296,18 @@ class SelfAttention(nn.Module):
     qkv = Linear(
       3 * width, self.compute.dtype, sums=self.compute.inner_sums, name="qkv"
     )(x)
-    qkv = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
-    query, key, value = jnp.unstack(qkv, axis=2)
+    query, key, value = _part(qkv, 3, self.heads, self.compute)
     query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
     x = self.compute.attend(query, key, value, length, length)
     return _projection(self.compute, width)(x.reshape(batch, tokens, width))
 
 
 class CrossAttention(nn.Module):
-  """Multi-head cross-attention with separate projections."""
+  """Multi-head cross-attention.
+
+  With separate projections, or those of keys and values joined by
+  `params.join_keys_and_values`.
+  """
 
   heads: int
   compute: Compute
@@ -314,15 +337,19 @@ class CrossAttention(nn.Module):
     """
     width, compute = x.shape[-1], self.compute
 
-    def project(tokens, name):
-      y = Linear(width, compute.dtype, sums=compute.inner_sums, name=name)(
-        tokens
-      )
-      return y.reshape(*y.shape[:2], self.heads, width // self.heads)
+    def project(tokens, name, parts=1):
+      y = Linear(
+        parts * width, compute.dtype, sums=compute.inner_sums, name=name
+      )(tokens)
+      return _part(y, parts, self.heads, compute)
 
-    query = apply_rotary(project(x, "query"), rotary)
-    key = apply_rotary(project(context, "key"), context_rotary)
-    value = project(context, "value")
+    (query,) = project(x, "query")
+    if self.has_variable("params", "key_value"):
+      key, value = project(context, "key_value", 2)
+    else:
+      (key,), (value,) = project(context, "key"), project(context, "value")
+    query = apply_rotary(query, rotary)
+    key = apply_rotary(key, context_rotary)
     y = compute.attend(query, key, value, length, context_length)
     return _projection(compute, width)(y.reshape(x.shape))
 

@@ -73,6 +73,23 @@ def test_blocks_of_queries(tokens, dtype):
   assert not few[:, 128:].any()
 
 
+@pytest.mark.parametrize("implementation", ["xla", "blocks", "tpu"])
+def test_the_last_heads_of_the_values_count(implementation):
+  query, key, value, length = operands(2)
+  run = functools.partial(
+    attention, query, key, key_length=length, implementation=implementation
+  )
+  more = np.concatenate([key, query[:, :1] + key, value], axis=2)
+  with pltpu.force_tpu_interpret_mode():
+    np.testing.assert_array_equal(run(more), run(value))
+
+
+def test_one_key_gives_its_value_of_the_last_heads():
+  query, key, value = (x[:, :1] for x in operands(2)[:3])
+  more = np.concatenate([key, value], axis=2)
+  np.testing.assert_array_equal(attention(query, key, more), value)
+
+
 def test_blocks_have_derivatives():
   expected = gradient("xla")(*operands(2))
   result = gradient("blocks")(*operands(2))
