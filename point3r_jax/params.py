@@ -242,31 +242,58 @@ def _fold(affine: dict, linear: dict) -> dict:
   }
 
 
-def join_keys_and_values(params: dict) -> dict:
-  """Makes one linear map of each cross-attention's keys and values.
+def _drop_unused(params: dict) -> dict:
+  """Leaves out what checkpoints hold but no frame runs."""
+  decoder = dict(params["decoder"])
+  decoder.pop("pointer_norm", None)
+  layers = [name for name in decoder if name.startswith("layer_")]
+  last = max(layers, key=lambda name: int(name.removeprefix("layer_")))
+  decoder[last] = dict(decoder[last])
+  decoder[last].pop("pointer_block", None)
+  return {**params, "decoder": decoder}
 
-  Args:
-    params: nested dictionary of arrays, with any layout of layers.
 
-  Returns:
-    The same with "key_value" instead of "key" and "value"; see `models.layers`.
+def _join_linear(*linears: dict) -> dict:
+  """Makes one linear map of several that read the same."""
+  join = np.concatenate if _on_host(linears) else jnp.concatenate
+  return jax.tree.map(lambda *leaves: join(leaves, axis=-1), *linears)
+
+
+def _join_products(params: dict) -> dict:
+  """Joins the linear maps of what is alike once `fold_norms` is through.
+
+  That is the keys and values of a cross-attention, and all that the two blocks
+  of a decoder layer read of a stream: see `models.decoder`.
   """
   if not isinstance(params, Mapping):
     return params
-  if "key" not in params:
-    return {name: join_keys_and_values(leaf) for name, leaf in params.items()}
-  rest = dict(params)
-  pair = rest.pop("key"), rest.pop("value")
-  join = np.concatenate if _on_host(pair) else jnp.concatenate
-  joined = jax.tree.map(lambda *leaves: join(leaves, axis=-1), *pair)
-  return rest | {"key_value": joined}
+  joined = {name: _join_products(leaf) for name, leaf in params.items()}
+  if "key" in joined:
+    pair = joined.pop("key"), joined.pop("value")
+    joined["key_value"] = _join_linear(*pair)
+  if "pointer_block" in joined and "image_products" not in joined:
+    blocks = {
+      stream: {part: dict(leaf) for part, leaf in joined[name].items()}
+      for stream, name in (
+        ("image", "image_block"),
+        ("pointer", "pointer_block"),
+      )
+    }
+    for stream, other in (("image", "pointer"), ("pointer", "image")):
+      joined[f"{stream}_products"] = _join_linear(
+        blocks[stream]["self_attention"].pop("qkv"),
+        blocks[other]["cross_attention"].pop("key_value"),
+      )
+      joined[f"{stream}_block"] = blocks[stream]
+  return joined
 
 
 def prepare_params(params: dict, precision: str | Precision) -> dict:
   """Prepares parameters for frames that have no backward pass.
 
-  Casts them; in 16 bits also folds norms and joins keys and values: the same
-  function but for its rounding. What is prepared stays as it is.
+  Casts them; in 16 bits also folds norms, joins linear maps that read the same
+  and leaves out what is not used: the same function but for its rounding. What
+  is prepared stays as it is.
 
   Args:
     params: nested dictionary of arrays, with any layout of layers.
@@ -278,7 +305,7 @@ def prepare_params(params: dict, precision: str | Precision) -> dict:
   """
   precision = get_precision(precision)
   if precision.dtype != jnp.float32:
-    params = join_keys_and_values(fold_norms(params))
+    params = _join_products(fold_norms(_drop_unused(params)))
   return cast_params(params, precision)
 
 
@@ -335,47 +362,48 @@ class JoinedParams:
   Attributes:
     arrays: each a parameter, or n biases (n, …) float32 of one shape.
     paths: of each array, where it belongs, or where its n biases do.
-    joined: of each array, whether it is of biases, bfloat16 where they belong.
+    dtypes: of each array, the type that its biases have there; None: it is a
+      parameter.
   """
 
   arrays: tuple[jax.Array, ...]
   paths: tuple[tuple[tuple[str, ...], ...], ...] = flax.struct.field(
     pytree_node=False
   )
-  joined: tuple[bool, ...] = flax.struct.field(pytree_node=False)
+  dtypes: tuple[np.dtype | None, ...] = flax.struct.field(pytree_node=False)
 
   def split(self) -> dict:
     """Returns the nested dictionary of all; for use where one traces."""
     flat = {}
-    for array, paths, joined in zip(
-      self.arrays, self.paths, self.joined, strict=True
+    for array, paths, dtype in zip(
+      self.arrays, self.paths, self.dtypes, strict=True
     ):
-      leaves = [x.astype(jnp.bfloat16) for x in array] if joined else [array]
+      leaves = [array] if dtype is None else (-array).astype(dtype)
       flat |= zip(paths, leaves, strict=True)
     return flax.traverse_util.unflatten_dict(flat)
 
 
 def join_biases(params: Mapping[str, Any]) -> JoinedParams:
-  """Joins bfloat16 biases, on the host.
+  """Joins biases of one shape, on the host.
 
-  A matrix product wants its bias apart: so biases of one shape are kept in
-  float32, and XLA's kernels that round them write many at once; float32 biases
-  would be copied one by one every frame and are left alone.
+  A matrix product wants its bias apart. They are kept with the other sign and
+  in float32: so XLA's kernels, which change that, write many at once, where
+  copies would be made one by one.
   """
   flat = flax.traverse_util.flatten_dict(params)
   groups = {}
   for path, leaf in flat.items():
-    joined = path[-1] == "bias" and leaf.dtype == jnp.bfloat16
-    key = leaf.shape if joined else path
-    groups.setdefault((key, joined), []).append(path)
+    dtype = leaf.dtype if path[-1] == "bias" else None
+    key = leaf.shape if dtype else path
+    groups.setdefault((key, dtype), []).append(path)
   arrays = [
-    np.stack([np.asarray(flat[path], np.float32) for path in paths])
-    if joined
-    else flat[paths[0]]
-    for (_, joined), paths in groups.items()
+    flat[paths[0]]
+    if dtype is None
+    else -np.stack([np.asarray(flat[path], np.float32) for path in paths])
+    for (_, dtype), paths in groups.items()
   ]
   return JoinedParams(
     arrays=tuple(arrays),
     paths=tuple(map(tuple, groups.values())),
-    joined=tuple(joined for _, joined in groups),
+    dtypes=tuple(dtype for _, dtype in groups),
   )

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 class Precision:
   """What a policy decides; everything else stays float32.
 
-  Residual streams, LayerNorm, softmax, positions, rotary arithmetic, patch
-  embeddings, fusion, the pose head, the dense heads' last layer and the heads'
-  activations are float32 in full precision under every policy; but where dense
-  heads are bfloat16 the kernel of their last layer counts to 16 bits. GELUs
+  Residual streams, LayerNorm, softmax, positions, rotary arithmetic, fusion,
+  the pose head, the dense heads' last layer and the heads' activations are
+  float32 in full precision under every policy; but where dense heads are
+  bfloat16 the kernel of their last layer counts to 16 bits. Patch embeddings
+  have float32 operands, multiplied as `matmul` says. GELUs
   between bfloat16 products are exact only where a backward pass is to come: see
   `models.layers.gelu`.
 

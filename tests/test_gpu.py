@@ -66,7 +66,8 @@ def test_hopper_attention_takes_lengths_of_both(tokens, head_dim):
   result = attention(
     query,
     key,
-    jnp.concatenate([key, value], axis=2),  # The last heads count.
+    jnp.concatenate([key[:, :, :1], value, key], axis=2),
+    value_head=1,
     query_length=lengths,
     key_length=lengths[::-1],
     implementation="hopper",

@@ -1,6 +1,7 @@
 """Fresh parameters, policies' types and the layouts of parameters."""
 
 import functools
+import operator
 
 import chex
 import jax
@@ -15,7 +16,6 @@ from point3r_jax.params import (
   flat_shapes,
   fold_norms,
   join_biases,
-  join_keys_and_values,
   param_shapes,
   prepare_params,
   stack_layers,
@@ -108,25 +108,45 @@ def test_norms_become_part_of_the_linear_maps_behind(stacked):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def stacked_layer(tree, name):
+  return jax.tree.map(lambda x: x[int(name[6:])], tree["layers"])
+
+
 @pytest.mark.parametrize("host", [True, False])
 @pytest.mark.parametrize("stacked", [False, True])
-def test_keys_and_values_are_joined(stacked, host):
+def test_maps_of_one_stream_are_joined(stacked, host):
   params = micro.scanned_params() if stacked else micro.params()
   params = jax.tree.map(np.asarray if host else jnp.asarray, params)
-  joined = join_keys_and_values(params)
-  stack = (lambda tree: tree["layers"]) if stacked else (lambda t: t["layer_1"])
-  for block in ("image_block", "pointer_block"):
-    before, after = (
-      stack(tree["decoder"])[block]["cross_attention"]
-      for tree in (params, joined)
-    )
-    assert set(after) == {"query", "key_value", "projection"}
+  prepared = prepare_params(params, "bfloat16")
+  folded = cast_params(fold_norms(params), "bfloat16")
+  layer = stacked_layer if stacked else operator.getitem
+  before, after = (
+    layer(tree["decoder"], "layer_1") for tree in (folded, prepared)
+  )
+  for stream, other in (("image", "pointer"), ("pointer", "image")):
+    own, others = (before[f"{name}_block"] for name in (stream, other))
     for leaf in ("kernel", "bias"):
-      found = after["key_value"][leaf]
-      assert isinstance(found, np.ndarray if host else jax.Array)
-      key, value = np.split(found, 2, axis=-1)
-      np.testing.assert_array_equal(key, before["key"][leaf])
-      np.testing.assert_array_equal(value, before["value"][leaf])
+      maps = np.split(after[f"{stream}_products"][leaf], (3 * 48, 4 * 48), -1)
+      expected = (
+        own["self_attention"]["qkv"],
+        others["cross_attention"]["key"],
+        others["cross_attention"]["value"],
+      )
+      for found, linear in zip(maps, expected, strict=True):
+        np.testing.assert_array_equal(found, linear[leaf])
+    left = after[f"{stream}_block"]
+    assert set(left["self_attention"]) == {"projection"}
+    assert set(left["cross_attention"]) == {"query", "projection"}
+
+
+def test_the_last_layer_and_the_pose_memory_join_keys_and_values():
+  prepared = prepare_params(micro.params(), "bfloat16")
+  last = prepared["decoder"]["layer_3"]
+  assert set(last) == {"image_block"}
+  block = prepared["pose_memory"]["read_blocks_0"]
+  for attention in (x["cross_attention"] for x in (last["image_block"], block)):
+    assert set(attention) == {"query", "key_value", "projection"}
+  assert "pointer_norm" not in prepared["decoder"]
 
 
 @pytest.mark.parametrize("host", [True, False])
@@ -158,25 +178,26 @@ def test_parameters_are_prepared_after_they_were_cast_too():
 def test_only_what_asks_for_it_takes_prepared_parameters():
   prepared = prepare_params(micro.params(), "bfloat16")
   check_params(micro.CONFIG, prepared)
-  with pytest.raises(ValueError, match="key_value"):
+  with pytest.raises(ValueError, match="image_products"):
     check_params(micro.CONFIG, prepared, prepared=False)
   del prepared["pose_token"]
   with pytest.raises(ValueError, match=r"missing: .*pose_token"):
     check_params(micro.CONFIG, prepared)
 
 
-def test_biases_are_joined_and_split_again():
-  params = cast_params(micro.params(), "bfloat16")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_biases_are_joined_and_split_again(precision):
+  params = cast_params(micro.params(), precision)
   flat = flat_shapes(params)
   joined = join_biases(params)
   groups = [
     len(paths)
-    for paths, biases in zip(joined.paths, joined.joined, strict=True)
-    if biases
+    for paths, dtype in zip(joined.paths, joined.dtypes, strict=True)
+    if dtype is not None
   ]
-  assert sum(groups) > 0.2 * len(flat)
+  assert sum(groups) == sum(path.endswith("/bias") for path in flat)
   left = len(flat) - sum(groups) + len(groups)
-  assert len(jax.tree.leaves(joined)) == left
+  assert len(jax.tree.leaves(joined)) == left < 0.7 * len(flat)
   chex.assert_trees_all_equal_shapes_and_dtypes(joined.split(), params)
   chex.assert_trees_all_equal(jax.jit(lambda x: x.split())(joined), params)
 

@@ -6,6 +6,7 @@ Padded keys and values must be finite.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -50,6 +51,7 @@ def attention(
   *,
   query_length: jax.Array | None = None,
   key_length: jax.Array | None = None,
+  value_head: int = 0,
   implementation: str = "auto",
   forward_only: bool = False,
 ) -> jax.Array:
@@ -58,10 +60,11 @@ def attention(
   Args:
     query: (B, N, heads, d).
     key: (B, M, heads, d).
-    value: (B, M, heads, d); or with more heads, of which the last ones count:
-      so what is joined with other things need not be taken apart.
+    value: (B, M, heads, d), or of more heads.
     query_length: (B,) int32, the valid prefix of queries; None: all.
     key_length: (B,) int32, the valid prefix of keys, at least 1; None: all.
+    value_head: the first of the values' heads that counts: "hopper" reads them
+      where they are.
     implementation: "xla" (any type), "blocks" (the same for a block of queries
       at a time, for CPUs), "cudnn" (bfloat16 or float16, d a multiple of 8),
       "hopper" (a kernel of ours for these GPUs: the same types, d a multiple of
@@ -86,7 +89,8 @@ def attention(
   if implementation == "auto":
     implementation = _choose(query, forward_only)
   if implementation != "hopper" or key.shape[1] == 1:
-    value = value[:, :, -query.shape[2] :]
+    value = value[:, :, value_head : value_head + query.shape[2]]
+    value_head = 0
   if key.shape[1] == 1:
     return jnp.broadcast_to(value, query.shape)  # Softmax over one key is 1.
   if implementation == "xla":
@@ -109,7 +113,7 @@ def attention(
       jnp.full(x.shape[:1], x.shape[1], jnp.int32) if length is None else length
       for x, length in ((query, query_length), (key, key_length))
     )
-    result = own(query, key, value, *lengths)
+    result = own(value_head, query, key, value, *lengths)
   elif implementation == "cudnn":
     result = jax.nn.dot_product_attention(
       query,
@@ -147,20 +151,26 @@ def _divide_batch(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 def _with_derivatives_of(
   implementation: str,
 ) -> Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]:
-  """Gives (query, key, value, both lengths) → result another's derivatives."""
+  """Gives a kernel another's derivatives.
+
+  It takes the first of the values' heads, query, key, value and both lengths.
+  """
 
   def decorate(forward):
-    kernel = jax.custom_vjp(forward)
+    kernel = jax.custom_vjp(forward, nondiff_argnums=(0,))
 
-    def save(*operands):
-      return kernel(*operands), operands
+    def save(value_head, *operands):
+      return kernel(value_head, *operands), operands
 
-    def backward(operands, gradient):
+    def backward(value_head, operands, gradient):
       *operands, _, key_length = operands
 
       def other(*operands):
         return attention(
-          *operands, key_length=key_length, implementation=implementation
+          *operands,
+          key_length=key_length,
+          value_head=value_head,
+          implementation=implementation,
         )
 
       _, pullback = jax.vjp(other, *operands)
@@ -173,18 +183,17 @@ def _with_derivatives_of(
 
 
 @_with_derivatives_of("cudnn")
-def _hopper(query, key, value, query_length, key_length):
+def _hopper(value_head, *operands):
   """`hopper_attention`, for a mesh, too."""
   # JAX does not have it for all platforms.
   from point3r_jax.models.hopper_attention import hopper_attention
 
-  return _divide_batch(hopper_attention)(
-    query, key, value, query_length, key_length
-  )
+  kernel = functools.partial(hopper_attention, value_head=value_head)
+  return _divide_batch(kernel)(*operands)
 
 
 @_with_derivatives_of("xla")
-def _blocks(query, key, value, query_length, key_length):
+def _blocks(_, query, key, value, query_length, key_length):
   """Attention of as many blocks of queries as hold valid ones; else zeros.
 
   A CPU's cache holds the scores of a block, unlike those of all queries.

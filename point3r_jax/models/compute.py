@@ -134,6 +134,7 @@ class Compute:
     value: jax.Array,
     query_length: jax.Array | None,
     key_length: jax.Array | None,
+    value_head: int = 0,
   ) -> jax.Array:
     """Runs `models.attention` as chosen; see there for the arguments."""
     return attention(
@@ -142,6 +143,7 @@ class Compute:
       value,
       query_length=query_length,
       key_length=key_length,
+      value_head=value_head,
       implementation=self.attention,
       forward_only=self.forward_only,
     )

@@ -8,13 +8,17 @@ import jax
 
 from point3r_jax.config import ModelConfig
 from point3r_jax.models.compute import Compute
-from point3r_jax.models.layers import DecoderBlock, layer_norm
+from point3r_jax.models.layers import DecoderBlock, Linear, layer_norm
 from point3r_jax.models.rotary import (
   RotaryTable,
   disable_where,
   rotary_3d,
   surround_by_identity,
 )
+
+# Linear maps of a stream: queries, keys and values of its own, keys and values
+# for the other.
+_PRODUCTS = 5
 
 
 @flax.struct.dataclass
@@ -103,6 +107,20 @@ class DecoderLayer(nn.Module):
     pointer_block = block(
       config.pointer_heads, ratio, self.compute, name="pointer_block"
     )
+
+    def products(x, name):
+      """What both blocks read of a stream, if `params` made it one map."""
+      if not self.has_variable("params", name):
+        return None
+      return Linear(
+        _PRODUCTS * config.decoder_width,
+        self.compute.dtype,
+        sums=self.compute.inner_sums,
+        name=name,
+      )(layer_norm(self.compute, affine=False)(x))
+
+    image_products = products(image, "image_products")
+    pointer_products = products(pointers, "pointer_products")
     next_image = image_block(
       image,
       pointers,
@@ -110,6 +128,8 @@ class DecoderLayer(nn.Module):
       image_rotary and image_rotary.pointers,
       image_length,
       pointer_count,
+      image_products,
+      pointer_products,
     )
     if self.last and not self.is_initializing():
       return next_image, pointers
@@ -120,6 +140,8 @@ class DecoderLayer(nn.Module):
       pointer_rotary and pointer_rotary.image,
       pointer_count,
       image_length,
+      pointer_products,
+      image_products,
     )
     return next_image, next_pointers
 

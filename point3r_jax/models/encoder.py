@@ -50,8 +50,8 @@ class VisionTransformer(nn.Module):
   def __call__(self, image: jax.Array) -> jax.Array:
     """Encodes a map (B, H, W, K) float32 to tokens (B, h·w, width) float32."""
     grid = tuple(side // self.patch_size for side in image.shape[1:3])
-    # Float32 under every policy: cheap, and point maps are not rounded.
-    x = Linear(self.width, jnp.float32, "highest", name="patch_embed")(
+    # Float32 operands under every policy, as point maps have a wide range.
+    x = Linear(self.width, jnp.float32, name="patch_embed")(
       patchify(image, self.patch_size)
     )
     rotary = rotary_2d(grid, self.width // self.heads)

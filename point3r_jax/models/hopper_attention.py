@@ -88,6 +88,7 @@ def _kernel(
   output,
   *,
   form,
+  value_head,
   query_tiles,
   key_tiles,
   value_tiles,
@@ -184,24 +185,25 @@ def _kernel(
   def _fetch():
     plgpu.set_max_registers(form.registers[1], action="decrease")
 
-    def fetch(source, step, tiles, ready):
+    def fetch(source, first_head, step, tiles, ready):
       rows = pl.ds(step * form.keys, form.keys)
-      last = source.shape[2] - query.shape[2] + head
       plgpu.copy_gmem_to_smem(
-        source.at[batch, rows, last], tiles.at[slot(step)], ready.at[slot(step)]
+        source.at[batch, rows, first_head + head],
+        tiles.at[slot(step)],
+        ready.at[slot(step)],
       )
 
     @pl.loop(0, jnp.minimum(steps, _STAGES))
     def _(step):
-      fetch(key, step, key_tiles, key_ready)
-      fetch(value, step, value_tiles, value_ready)
+      fetch(key, 0, step, key_tiles, key_ready)
+      fetch(value, value_head, step, value_tiles, value_ready)
 
     @pl.loop(_STAGES, steps)
     def _(step):
       plgpu.barrier_wait(key_read.at[slot(step)])
-      fetch(key, step, key_tiles, key_ready)
+      fetch(key, 0, step, key_tiles, key_ready)
       plgpu.barrier_wait(value_read.at[slot(step)])
-      fetch(value, step, value_tiles, value_ready)
+      fetch(value, value_head, step, value_tiles, value_ready)
 
 
 def _shared(shape: tuple[int, ...], dtype: jnp.dtype) -> plgpu.SMEM:
@@ -214,13 +216,16 @@ def _shared(shape: tuple[int, ...], dtype: jnp.dtype) -> plgpu.SMEM:
   )
 
 
-@jax.jit  # Calls of like shapes share what takes seconds to compile.
+# Calls of like shapes share what takes seconds to compile.
+@functools.partial(jax.jit, static_argnames="value_head")
 def hopper_attention(
   query: jax.Array,
   key: jax.Array,
   value: jax.Array,
   query_length: jax.Array,
   key_length: jax.Array,
+  *,
+  value_head: int = 0,
 ) -> jax.Array:
   """Scaled dot-product attention with scale d^-0.5; softmax in float32.
 
@@ -228,9 +233,10 @@ def hopper_attention(
     query: (B, N, heads, d) bfloat16 or float16, d a multiple of 16 up to 128,
       N and M multiples of 8.
     key: (B, M, heads, d), of the same type; so is value.
-    value: (B, M, heads, d); or with more heads, of which the last ones count.
+    value: (B, M, heads, d), or of more heads.
     query_length: (B,) int32, the valid prefix of queries.
     key_length: (B,) int32, the valid prefix of keys, at least 1.
+    value_head: the first of the values' heads that counts.
 
   Returns:
     (B, N, heads, d) in the query's type. Beyond the query's length there is
@@ -248,7 +254,7 @@ def hopper_attention(
     return plgpu.Barrier(num_barriers=number, num_arrivals=arrivals)
 
   return plgpu.kernel(
-    functools.partial(_kernel, form=form),
+    functools.partial(_kernel, form=form, value_head=value_head),
     out_type=jax.ShapeDtypeStruct(query.shape, dtype),
     scratch_types={
       "query_tiles": _shared((computing, _QUERIES, channels), dtype),

@@ -254,19 +254,29 @@ def _mlp(compute: Compute, ratio: int, width: int) -> Mlp:
   )
 
 
-def _part(
-  x: jax.Array, parts: int, heads: int, compute: Compute
-) -> list[jax.Array]:
-  """Parts (B, N, parts·D) into arrays (B, N, heads, d), the values last.
+def _take_parts(
+  x: jax.Array, parts: range, width: int, heads: int, compute: Compute
+) -> tuple[list[jax.Array], int]:
+  """Takes parts of what several linear maps of a stream give.
 
-  Without a backward pass values stay where they are: they are the last heads of
-  (B, N, parts·heads, d).
+  Args:
+    x: (B, N, P·D), the P maps one after the other.
+    parts: which to take, values last.
+    width: D.
+    heads: of each.
+    compute: whether a backward pass is to come.
+
+  Returns:
+    An array (B, N, heads, d) for each, and the first head of the values in the
+    last. Without a backward pass they stay where they are, so that the last is
+    (B, N, P·heads, d).
   """
-  tokens = x.shape[:2]
-  *others, value = jnp.unstack(x.reshape(*tokens, parts, heads, -1), axis=2)
-  if compute.forward_only:
-    value = x.reshape(*tokens, parts * heads, -1)
-  return [*others, value]
+  x = x.reshape(*x.shape[:2], -1, heads, width // heads)
+  arrays = jnp.unstack(x, axis=2)[parts.start : parts.stop]
+  if not compute.forward_only:
+    return list(arrays), 0
+  everything = x.reshape(*x.shape[:2], -1, x.shape[-1])
+  return [*arrays[:-1], everything], parts[-1] * heads
 
 
 class SelfAttention(nn.Module):
@@ -281,6 +291,7 @@ class SelfAttention(nn.Module):
     x: jax.Array,
     rotary: RotaryTable | None = None,
     length: jax.Array | None = None,
+    products: jax.Array | None = None,
   ) -> jax.Array:
     """Attends within x.
 
@@ -288,26 +299,27 @@ class SelfAttention(nn.Module):
       x: (B, N, D).
       rotary: table of the N positions, or None.
       length: (B,) valid prefix of x, or None for all.
+      products: linear maps of x (B, N, P·D), of which queries, keys and values
+        are the first three; None: they are computed here.
 
     Returns:
       (B, N, D).
     """
-    batch, tokens, width = x.shape
-    qkv = Linear(
-      3 * width, self.compute.dtype, sums=self.compute.inner_sums, name="qkv"
-    )(x)
-    query, key, value = _part(qkv, 3, self.heads, self.compute)
+    width, compute = x.shape[-1], self.compute
+    if products is None:
+      products = Linear(
+        3 * width, compute.dtype, sums=compute.inner_sums, name="qkv"
+      )(x)
+    (query, key, value), value_head = _take_parts(
+      products, range(3), width, self.heads, compute
+    )
     query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
-    x = self.compute.attend(query, key, value, length, length)
-    return _projection(self.compute, width)(x.reshape(batch, tokens, width))
+    y = compute.attend(query, key, value, length, length, value_head)
+    return _projection(compute, width)(y.reshape(x.shape))
 
 
 class CrossAttention(nn.Module):
-  """Multi-head cross-attention.
-
-  With separate projections, or those of keys and values joined by
-  `params.join_keys_and_values`.
-  """
+  """Multi-head cross-attention; `params` may join keys' and values' maps."""
 
   heads: int
   compute: Compute
@@ -321,6 +333,7 @@ class CrossAttention(nn.Module):
     context_rotary: RotaryTable | None = None,
     length: jax.Array | None = None,
     context_length: jax.Array | None = None,
+    products: jax.Array | None = None,
   ) -> jax.Array:
     """Attends from x to the context.
 
@@ -331,6 +344,8 @@ class CrossAttention(nn.Module):
       context_rotary: table of the keys' positions, or None.
       length: (B,) valid prefix of x, or None for all.
       context_length: (B,) valid prefix of the context, or None for all.
+      products: linear maps of the context (B, M, P·D), of which keys and values
+        are the last two; None: they are computed here.
 
     Returns:
       (B, N, D).
@@ -338,19 +353,27 @@ class CrossAttention(nn.Module):
     width, compute = x.shape[-1], self.compute
 
     def project(tokens, name, parts=1):
-      y = Linear(
+      return Linear(
         parts * width, compute.dtype, sums=compute.inner_sums, name=name
       )(tokens)
-      return _part(y, parts, self.heads, compute)
 
-    (query,) = project(x, "query")
-    if self.has_variable("params", "key_value"):
-      key, value = project(context, "key_value", 2)
+    def split(y):
+      return y.reshape(*y.shape[:2], self.heads, width // self.heads)
+
+    query = split(project(x, "query"))
+    if products is None and self.has_variable("params", "key_value"):
+      products = project(context, "key_value", 2)
+    if products is None:
+      key, value = (split(project(context, name)) for name in ("key", "value"))
+      value_head = 0
     else:
-      (key,), (value,) = project(context, "key"), project(context, "value")
+      parts = products.shape[-1] // width
+      (key, value), value_head = _take_parts(
+        products, range(parts - 2, parts), width, self.heads, compute
+      )
     query = apply_rotary(query, rotary)
     key = apply_rotary(key, context_rotary)
-    y = compute.attend(query, key, value, length, context_length)
+    y = compute.attend(query, key, value, length, context_length, value_head)
     return _projection(compute, width)(y.reshape(x.shape))
 
 
@@ -401,6 +424,8 @@ class DecoderBlock(nn.Module):
     context_rotary: RotaryTable | None = None,
     length: jax.Array | None = None,
     context_length: jax.Array | None = None,
+    products: jax.Array | None = None,
+    context_products: jax.Array | None = None,
   ) -> jax.Array:
     """Updates x by itself and the context.
 
@@ -411,12 +436,14 @@ class DecoderBlock(nn.Module):
       context_rotary: table of the context's positions, or None.
       length: (B,) valid prefix of x, or None for all.
       context_length: (B,) valid prefix of the context, or None for all.
+      products: see `SelfAttention`.
+      context_products: see `CrossAttention`.
 
     Returns:
       (B, N, D) float32. Rows beyond `length` are finite and without meaning.
     """
     x = x + SelfAttention(self.heads, self.compute, name="self_attention")(
-      _norm(self, "self_norm", x), rotary, length
+      _norm(self, "self_norm", x), rotary, length, products
     )
     x = x + CrossAttention(self.heads, self.compute, name="cross_attention")(
       _norm(self, "cross_norm", x),
@@ -425,6 +452,7 @@ class DecoderBlock(nn.Module):
       context_rotary,
       length,
       context_length,
+      context_products,
     )
     mlp = _mlp(self.compute, self.mlp_ratio, x.shape[-1])
     return x + mlp(_norm(self, "mlp_norm", x))

@@ -79,19 +79,20 @@ class BegunFrame:
   """A frame before the decoders: what they read, and what is needed after.
 
   Attributes:
-    image: (B, 1+N+padding, D) float32, the pose query and the image stream.
-    image_length: (B,) int32, its valid prefix; None: all.
+    first: (B,) bool, whether it is the sample's first frame.
+    image: (B, N, D) float32, the image stream.
     pointers: (B, C, D) float32.
     count: (B,) int32, the valid prefix of the pointers.
-    image_rotary: tables for the image blocks, of 1+N+padding and C rows; None
+    image_rotary: tables for the image blocks, of 1+N+padding rows, the pose
+      query before and padding behind the image stream, and of C rows; None
       without rotary embedding.
     pointer_rotary: the same for the pointer blocks.
-    summary: (B, E) float32, the mean of the frame's tokens, for after.
-    pose_slots: (B, S, 2D) float32, for after.
+    summary: (B, E) float32, the mean of the frame's tokens.
+    pose_slots: (B, S, 2D) float32.
   """
 
+  first: jax.Array
   image: jax.Array
-  image_length: jax.Array | None
   pointers: jax.Array
   count: jax.Array
   image_rotary: DecoderRotary | None
@@ -205,13 +206,6 @@ class Point3R(nn.Module):
     slots = jnp.where(
       first[:, None, None], self.pose_memory.initial_slots, context.pose_slots
     )
-    query = jnp.where(
-      first[:, None], self.pose_token, self.pose_memory.inquire(summary, slots)
-    )
-    self.sow("intermediates", "pose_query", query)
-    image = self.image_projection(tokens)
-    image = jnp.concatenate([query[:, None], image], axis=1)
-    image, padding, length = self.compute.pad_tokens(image)
     own = self.pointer_projection(tokens)
     own = jnp.pad(own, ((0, 0), (0, capacity - num_tokens), (0, 0)))
     tables = [
@@ -221,15 +215,15 @@ class Point3R(nn.Module):
         context.image_position,
         context.position,
         first,
-        padding,
+        -(num_tokens + 1) % self.compute.token_block,
       )
       if self.rotary
       else None
       for heads in (config.decoder_heads, config.pointer_heads)
     ]
     return BegunFrame(
-      image=image,
-      image_length=length,
+      first=first,
+      image=self.image_projection(tokens),
       pointers=jnp.where(first[:, None, None], own, context.feature),
       count=jnp.where(first, num_tokens, context.count),
       image_rotary=tables[0],
@@ -239,14 +233,25 @@ class Point3R(nn.Module):
     )
 
   def decode(self, begun: BegunFrame) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Runs the decoders; returns what `InterleavedDecoder` does, padded."""
+    """Runs the decoders; returns what `InterleavedDecoder` does, padded.
+
+    It also asks for the pose query, beside the pointers' first layer.
+    """
+    query = jnp.where(
+      begun.first[:, None],
+      self.pose_token,
+      self.pose_memory.inquire(begun.summary, begun.pose_slots),
+    )
+    self.sow("intermediates", "pose_query", query)
+    image = jnp.concatenate([query[:, None], begun.image], axis=1)
+    image, _, length = self.compute.pad_tokens(image)
     return self.decoder(
-      begun.image,
+      image,
       begun.pointers,
       begun.count,
       begun.image_rotary,
       begun.pointer_rotary,
-      begun.image_length,
+      length,
     )
 
   def finish(

@@ -22,13 +22,18 @@ def operands(batch):
   return query, key, value, rng.integers(1, 150, batch, np.int32)
 
 
-def gradient(implementation):
+def gradient(implementation, **options):
   """Returns a gradient through frames, traced as `rollout` traces them."""
 
   def total(query, key, value, length):
     def frame(query, _):
       result = attention(
-        query, key, value, key_length=length, implementation=implementation
+        query,
+        key,
+        value,
+        key_length=length,
+        implementation=implementation,
+        **options,
       )
       return result, None
 
@@ -74,20 +79,16 @@ def test_blocks_of_queries(tokens, dtype):
 
 
 @pytest.mark.parametrize("implementation", ["xla", "blocks", "tpu"])
-def test_the_last_heads_of_the_values_count(implementation):
+@pytest.mark.parametrize("keys", [1, 150])
+def test_values_may_be_among_other_heads(implementation, keys):
   query, key, value, length = operands(2)
+  key, value, length = key[:, :keys], value[:, :keys], np.minimum(length, keys)
   run = functools.partial(
     attention, query, key, key_length=length, implementation=implementation
   )
-  more = np.concatenate([key, query[:, :1] + key, value], axis=2)
+  more = np.concatenate([key[:, :, :1], value, key], axis=2)
   with pltpu.force_tpu_interpret_mode():
-    np.testing.assert_array_equal(run(more), run(value))
-
-
-def test_one_key_gives_its_value_of_the_last_heads():
-  query, key, value = (x[:, :1] for x in operands(2)[:3])
-  more = np.concatenate([key, value], axis=2)
-  np.testing.assert_array_equal(attention(query, key, more), value)
+    np.testing.assert_array_equal(run(more, value_head=1), run(value))
 
 
 def test_blocks_have_derivatives():
@@ -184,8 +185,9 @@ def test_what_surrounds_the_hopper_kernel(monkeypatch):
   reference = jax.nn.dot_product_attention
   sizes = []
 
-  def kernel(query, key, value, query_length, key_length):
+  def kernel(query, key, value, query_length, key_length, value_head):
     sizes.append((query.shape[1], key.shape[1], query_length.shape))
+    value = value[:, :, value_head : value_head + 2]
     return reference(query, key, value, key_value_seq_lengths=key_length)
 
   def anywhere(*operands, implementation, **options):
@@ -193,8 +195,11 @@ def test_what_surrounds_the_hopper_kernel(monkeypatch):
 
   monkeypatch.setattr(hopper_attention, "hopper_attention", kernel)
   monkeypatch.setattr(jax.nn, "dot_product_attention", anywhere)
-  for x, y in zip(
-    gradient("hopper")(*operands(2)), gradient("xla")(*operands(2)), strict=True
-  ):
+  query, key, value, length = operands(2)
+  more = np.concatenate([key[:, :, :1], value, key], axis=2)
+  expected = gradient("xla")(query, key, value, length)
+  result = gradient("hopper", value_head=1)(query, key, more, length)
+  result = (*result[:2], result[2][:, :, 1:3])
+  for x, y in zip(result, expected, strict=True):
     np.testing.assert_allclose(x, y, atol=1e-5)
   assert set(sizes) == {(16, 152, (2,))}
