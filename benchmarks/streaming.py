@@ -17,9 +17,9 @@ Prints a line of JSON for each case:
 - ahead: the same through `Stream.extend`, which encodes several at once.
 - batch: the same two with several streams side by side; milliseconds are those
   of a frame of every stream, frames a second those of all streams together.
-- compile: seconds until encoder and step can run, without and with the
-  persistent cache (a temporary one), each time in a process of its own; tracing
-  is part of it.
+- compile: seconds to trace and compile encoder and step, in part side by side,
+  without and with the persistent cache (a temporary one), each time in a
+  process of its own; and until the first frame is there.
 - growth: a stream from its first frame on, each frame waited for; memory grows
   as it must. Also writes growth.json, with every frame, and growth.svg.
 

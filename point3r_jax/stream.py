@@ -367,9 +367,13 @@ class Stream:
     Returns:
       What `_encoded` is as long as they are there.
     """
-    encode = self._programs.encoder(
+    program = self._programs.encoder(
       self._params.encoder, count, images[0].dtype
-    ).result()
+    )
+    if not program.done():  # Compile beside it what will be needed next.
+      self._make_room()
+      self._step(self.capacity)
+    encode = program.result()
     if count > 1:
       missing = count - len(images)
       images = [np.stack(images + images[-1:] * missing, axis=1)]

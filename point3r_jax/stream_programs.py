@@ -21,7 +21,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from point3r_jax.config import ModelConfig
 from point3r_jax.memory import PointerMemory, grow, init_memory
 from point3r_jax.models.compute import GPU_OPTIONS, GRAPH_COMMANDS
-from point3r_jax.params import JoinedParams, join_biases
+from point3r_jax.params import JoinedParams, join_params
 from point3r_jax.streaming import (
   Prediction,
   StepOptions,
@@ -116,13 +116,6 @@ class _QuickTurns:
 _quick_turns = _QuickTurns()
 
 
-def _compile(
-  lowered: jax.stages.Lowered, gpu_options: dict[str, str | bool | int]
-) -> jax.stages.Compiled:
-  gpu = jax.default_backend() == "gpu"
-  return lowered.compile(gpu_options if gpu else None)
-
-
 def _warn_of_failure(
   name: int | str | None, program: concurrent.futures.Future
 ) -> None:
@@ -193,14 +186,19 @@ class StreamPrograms:
       functools.partial(jax.tree.map, jnp.copy), out_shardings=self.split
     )
     self._futures = {}
-    self._executor = concurrent.futures.ThreadPoolExecutor(1, "compile-ahead")
+    # Programs are compiled side by side, but traced in order: JAX before 0.12
+    # counts kernels of ours as it lowers them, and the number is part of the
+    # persistent cache's key.
+    self._tracing = concurrent.futures.ThreadPoolExecutor(1, "trace-ahead")
+    self._compiling = concurrent.futures.ThreadPoolExecutor(2, "compile-ahead")
 
   def put(self, params: dict) -> StreamParams:
     """Moves parameters to where the programs want them, and as they do."""
     everywhere = self.split and NamedSharding(self.split.mesh, PartitionSpec())
     encoder = {name: params[name] for name in _ENCODER}
     others = {name: x for name, x in params.items() if name != "encoder"}
-    joined = StreamParams(join_biases(encoder), join_biases(others))
+    join = functools.partial(join_params, biases=jax.default_backend() == "gpu")
+    joined = StreamParams(join(encoder), join(others))
     return jax.tree.map(_arrange, jax.device_put(joined, everywhere))
 
   def init_memory(self, capacity: int | None) -> PointerMemory:
@@ -260,29 +258,28 @@ class StreamPrograms:
       )
       return memory, prediction, frames.replace(next=frames.next + 1)
 
-    def compile_step():
+    def lower():
       memory = self.memory_shapes(capacity)
       last = self._shapes(self.init_prediction)
       frames = self._shapes(self.init_frames)
       run = jax.jit(
         self._divide(step, 3), donate_argnums=(1, 2, 3), keep_unused=True
       )
-      return _compile(run.lower(params, memory, last, frames), _STEP_OPTIONS)
+      return run.lower(params, memory, last, frames)
 
     key = (capacity, unread)
-    return self._submit(key, capacity, compile_step, ahead)
+    return self._submit(key, capacity, lower, _STEP_OPTIONS, ahead)
 
   def enlarge(
     self, before: int, capacity: int
   ) -> concurrent.futures.Future[Callable[[PointerMemory], PointerMemory]]:
     """Returns what copies a memory into one of a larger capacity."""
 
-    def compile_enlarge():
+    def lower():
       run = jax.jit(grow, static_argnums=1, out_shardings=self.split)
-      lowered = run.lower(self.memory_shapes(before), capacity)
-      return _compile(lowered, GPU_OPTIONS)
+      return run.lower(self.memory_shapes(before), capacity)
 
-    return self._submit((before, "to", capacity), None, compile_enlarge)
+    return self._submit((before, "to", capacity), None, lower, GPU_OPTIONS)
 
   def encoder(
     self, params: JoinedParams, count: int, dtype: np.dtype
@@ -305,13 +302,14 @@ class StreamPrograms:
         frames.tokens.at[:, :count].set(tokens), jnp.zeros_like(frames.next)
       )
 
-    def compile_encoder():
+    def lower():
       frames = self._shapes(self.init_frames)
       images = self._array(shape, dtype)
       run = jax.jit(self._divide(encode, 2), donate_argnums=1, keep_unused=True)
-      return _compile(run.lower(params, frames, images), _ENCODER_OPTIONS)
+      return run.lower(params, frames, images)
 
-    return self._submit(("encoder", count, dtype), "encoder", compile_encoder)
+    key = ("encoder", count, dtype)
+    return self._submit(key, "encoder", lower, _ENCODER_OPTIONS)
 
   def wait(self) -> None:
     """Returns once nothing is being compiled."""
@@ -349,7 +347,8 @@ class StreamPrograms:
     self,
     key: Hashable,
     name: int | str | None,
-    compile_program: Callable[[], Any],
+    lower: Callable[[], jax.stages.Lowered],
+    gpu_options: dict[str, str | bool | int],
     ahead: bool = False,
   ) -> concurrent.futures.Future:
     """Compiles in the background what was not, or failed to be, compiled.
@@ -358,12 +357,19 @@ class StreamPrograms:
     yet and failed is said once and left for then.
     """
 
-    def timed():
+    def trace():
       started = time.perf_counter()
       with _quick_turns:
-        program = compile_program()
+        return lower(), time.perf_counter() - started
+
+    def compile_traced(traced):
+      lowered, elapsed = traced.result()
+      started = time.perf_counter()
+      gpu = jax.default_backend() == "gpu"
+      with _quick_turns:
+        program = lowered.compile(gpu_options if gpu else None)
       if name is not None:
-        elapsed = time.perf_counter() - started
+        elapsed += time.perf_counter() - started
         self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
       return program
 
@@ -371,7 +377,9 @@ class StreamPrograms:
     failed = future and future.done() and future.exception()
     # What failed may have been out of memory.
     if future is None or (failed and not ahead):
-      future = self._futures[key] = self._executor.submit(timed)
+      traced = self._tracing.submit(trace)
+      future = self._compiling.submit(compile_traced, traced)
+      self._futures[key] = future
       if ahead:
         future.add_done_callback(functools.partial(_warn_of_failure, name))
     return future

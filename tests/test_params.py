@@ -15,7 +15,7 @@ from point3r_jax.params import (
   check_params,
   flat_shapes,
   fold_norms,
-  join_biases,
+  join_params,
   param_shapes,
   prepare_params,
   stack_layers,
@@ -189,7 +189,7 @@ def test_only_what_asks_for_it_takes_prepared_parameters():
 def test_biases_are_joined_and_split_again(precision):
   params = cast_params(micro.params(), precision)
   flat = flat_shapes(params)
-  joined = join_biases(params)
+  joined = join_params(params, biases=True)
   groups = [
     len(paths)
     for paths, dtype in zip(joined.paths, joined.dtypes, strict=True)
@@ -200,6 +200,9 @@ def test_biases_are_joined_and_split_again(precision):
   assert len(jax.tree.leaves(joined)) == left < 0.7 * len(flat)
   chex.assert_trees_all_equal_shapes_and_dtypes(joined.split(), params)
   chex.assert_trees_all_equal(jax.jit(lambda x: x.split())(joined), params)
+  apart = join_params(params, biases=False)
+  chex.assert_trees_all_equal(apart.split(), params)
+  assert len(jax.tree.leaves(apart)) == len(flat)
 
 
 def test_fresh_parameters_come_in_the_layout_of_the_config():

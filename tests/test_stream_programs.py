@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import threading
 
 import chex
 import jax
@@ -50,8 +51,22 @@ def test_quick_turns_end_with_a_compilation_that_fails(monkeypatch):
     raise MemoryError
 
   with pytest.raises(MemoryError):
-    programs._submit("program", None, fail).result()
+    programs._submit("program", None, fail, {}).result()
   assert events == ["enter", "fail", "leave"]
+
+
+def test_encoder_and_step_are_compiled_side_by_side(own_programs, monkeypatch):
+  both = threading.Barrier(2, timeout=120)
+  compile_alone = jax.stages.Lowered.compile
+
+  def compile_together(lowered, *options):
+    both.wait()  # Otherwise it is broken, which is an error.
+    return compile_alone(lowered, *options)
+
+  monkeypatch.setattr(jax.stages.Lowered, "compile", compile_together)
+  stream = make_stream()
+  stream(images(1)[0])
+  assert set(stream.compile_seconds) == {"encoder", stream.capacity}
 
 
 def test_what_gpus_are_given_is_the_same_function(own_programs, monkeypatch):
