@@ -145,8 +145,15 @@ def check_params(
   """
   want = flat_shapes(param_shapes(config))
   have = flat_shapes(params)
-  if want == have or (prepared and have == _prepared_shapes(config)):
+  if want == have:
     return
+  if have == _prepared_shapes(config):
+    if prepared:
+      return
+    raise ValueError(
+      "the parameters were prepared to run under a policy, as load_checkpoint "
+      "does where it is given a precision; load them without"
+    )
   other = config.replace(scan_layers=not config.scan_layers)
   if flat_shapes(param_shapes(other)) == have:
     raise ValueError(
@@ -231,15 +238,13 @@ def fold_norms(params: dict) -> dict:
 def _fold(affine: dict, linear: dict) -> dict:
   """Returns the linear map of what an affine map gives."""
   kernel = linear["kernel"].astype(np.float32)
-  exact = functools.partial(jnp.matmul, precision="highest")
-  multiply = np.matmul if _on_host(kernel) else exact
-  shift = multiply(affine["bias"][..., None, :], kernel)[..., 0, :]
-  return {
-    "kernel": (affine["scale"][..., None] * kernel).astype(
-      linear["kernel"].dtype
-    ),
-    "bias": (linear["bias"] + shift).astype(linear["bias"].dtype),
+  exact = functools.partial(jnp.einsum, precision="highest")
+  einsum = np.einsum if _on_host(kernel) else exact
+  folded = {
+    "kernel": affine["scale"][..., None] * kernel,
+    "bias": linear["bias"] + einsum("...i,...io->...o", affine["bias"], kernel),
   }
+  return {name: x.astype(linear[name].dtype) for name, x in folded.items()}
 
 
 def _drop_unused(params: dict) -> dict:

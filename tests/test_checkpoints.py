@@ -40,7 +40,7 @@ def test_load_prepares_and_stacks(checkpoint):
   expected = prepare_params(micro.scanned_params(), "bfloat16")
   chex.assert_trees_all_equal_shapes_and_dtypes(params, expected)
   assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(params))
-  with pytest.raises(p3r.CheckpointError, match="image_products"):
+  with pytest.raises(p3r.CheckpointError, match="prepared to run"):
     p3r.save_checkpoint(checkpoint.parent / "prepared", config, params)
 
 

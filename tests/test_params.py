@@ -178,7 +178,7 @@ def test_parameters_are_prepared_after_they_were_cast_too():
 def test_only_what_asks_for_it_takes_prepared_parameters():
   prepared = prepare_params(micro.params(), "bfloat16")
   check_params(micro.CONFIG, prepared)
-  with pytest.raises(ValueError, match="image_products"):
+  with pytest.raises(ValueError, match="prepared to run"):
     check_params(micro.CONFIG, prepared, prepared=False)
   del prepared["pose_token"]
   with pytest.raises(ValueError, match=r"missing: .*pose_token"):
