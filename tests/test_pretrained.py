@@ -98,9 +98,9 @@ def test_round_trip(tiny, capsys):
   assert "encoder/block_0/mlp/hidden/kernel" in stored
 
   config, params = p3r.load_checkpoint("tiny", precision="bfloat16")
-  kernel = params["encoder"]["block_0"]["mlp"]["hidden"]["kernel"]
+  kernel = params["encoder"]["block_0"]["mlp"]["output"]["kernel"]
   np.testing.assert_array_equal(
-    kernel, stored["encoder/block_0/mlp/hidden/kernel"]
+    kernel, stored["encoder/block_0/mlp/output/kernel"]
   )
   with pytest.raises(p3r.CheckpointError, match="no moving average"):
     p3r.load_checkpoint("tiny", ema=True)
