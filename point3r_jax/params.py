@@ -277,19 +277,11 @@ def _join_products(params: dict) -> dict:
     pair = joined.pop("key"), joined.pop("value")
     joined["key_value"] = _join_linear(*pair)
   if "pointer_block" in joined and "image_products" not in joined:
-    blocks = {
-      stream: {part: dict(leaf) for part, leaf in joined[name].items()}
-      for stream, name in (
-        ("image", "image_block"),
-        ("pointer", "pointer_block"),
+    for own, other in (("image", "pointer"), ("pointer", "image")):
+      joined[f"{own}_products"] = _join_linear(
+        joined[f"{own}_block"]["self_attention"].pop("qkv"),
+        joined[f"{other}_block"]["cross_attention"].pop("key_value"),
       )
-    }
-    for stream, other in (("image", "pointer"), ("pointer", "image")):
-      joined[f"{stream}_products"] = _join_linear(
-        blocks[stream]["self_attention"].pop("qkv"),
-        blocks[other]["cross_attention"].pop("key_value"),
-      )
-      joined[f"{stream}_block"] = blocks[stream]
   return joined
 
 

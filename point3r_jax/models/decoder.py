@@ -8,7 +8,7 @@ import jax
 
 from point3r_jax.config import ModelConfig
 from point3r_jax.models.compute import Compute
-from point3r_jax.models.layers import DecoderBlock, Linear, layer_norm
+from point3r_jax.models.layers import DecoderBlock, inner_linear, layer_norm
 from point3r_jax.models.rotary import (
   RotaryTable,
   disable_where,
@@ -112,12 +112,8 @@ class DecoderLayer(nn.Module):
       """What both blocks read of a stream, if `params` made it one map."""
       if not self.has_variable("params", name):
         return None
-      return Linear(
-        _PRODUCTS * config.decoder_width,
-        self.compute.dtype,
-        sums=self.compute.inner_sums,
-        name=name,
-      )(layer_norm(self.compute, affine=False)(x))
+      linear = inner_linear(self.compute, _PRODUCTS * x.shape[-1], name)
+      return linear(layer_norm(self.compute, affine=False)(x))
 
     image_products = products(image, "image_products")
     pointer_products = products(pointers, "pointer_products")

@@ -234,6 +234,11 @@ class Mlp(nn.Module):
     )(x)
 
 
+def inner_linear(compute: Compute, features: int, name: str) -> Linear:
+  """Returns a linear map whose result stays within a block."""
+  return Linear(features, compute.dtype, sums=compute.inner_sums, name=name)
+
+
 def _projection(compute: Compute, width: int) -> Linear:
   """Returns the last map of an attention, to be added to a residual."""
   return Linear(
@@ -307,9 +312,7 @@ class SelfAttention(nn.Module):
     """
     width, compute = x.shape[-1], self.compute
     if products is None:
-      products = Linear(
-        3 * width, compute.dtype, sums=compute.inner_sums, name="qkv"
-      )(x)
+      products = inner_linear(compute, 3 * width, "qkv")(x)
     (query, key, value), value_head = _take_parts(
       products, range(3), width, self.heads, compute
     )
@@ -352,19 +355,15 @@ class CrossAttention(nn.Module):
     """
     width, compute = x.shape[-1], self.compute
 
-    def project(tokens, name, parts=1):
-      return Linear(
-        parts * width, compute.dtype, sums=compute.inner_sums, name=name
-      )(tokens)
-
-    def split(y):
+    def project(tokens, name):
+      y = inner_linear(compute, width, name)(tokens)
       return y.reshape(*y.shape[:2], self.heads, width // self.heads)
 
-    query = split(project(x, "query"))
+    query = project(x, "query")
     if products is None and self.has_variable("params", "key_value"):
-      products = project(context, "key_value", 2)
+      products = inner_linear(compute, 2 * width, "key_value")(context)
     if products is None:
-      key, value = (split(project(context, name)) for name in ("key", "value"))
+      key, value = (project(context, name) for name in ("key", "value"))
       value_head = 0
     else:
       parts = products.shape[-1] // width
