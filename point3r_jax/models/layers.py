@@ -285,10 +285,17 @@ def _take_parts(
 
 
 class SelfAttention(nn.Module):
-  """Multi-head self-attention with a fused query-key-value projection."""
+  """Multi-head self-attention with a fused query-key-value projection.
+
+  Attributes:
+    heads: of which there are.
+    compute: precision and kernels.
+    alike: whether all tokens are alike: then each finds its own value.
+  """
 
   heads: int
   compute: Compute
+  alike: bool = False
 
   @nn.compact
   def __call__(
@@ -317,7 +324,10 @@ class SelfAttention(nn.Module):
       products, range(3), width, self.heads, compute
     )
     query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
-    y = compute.attend(query, key, value, length, length, value_head)
+    if self.alike:
+      y = value[:, :, value_head : value_head + self.heads]
+    else:
+      y = compute.attend(query, key, value, length, length, value_head)
     return _projection(compute, width)(y.reshape(x.shape))
 
 
@@ -408,11 +418,19 @@ class EncoderBlock(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-  """Pre-norm block: self-attention, cross-attention, MLP; float32 residuals."""
+  """Pre-norm block: self-attention, cross-attention, MLP; float32 residuals.
+
+  Attributes:
+    heads: of both attentions.
+    mlp_ratio: hidden channels of the MLP over the block's.
+    compute: precision and kernels.
+    alike: whether all tokens of `x` are alike, see `SelfAttention`.
+  """
 
   heads: int
   mlp_ratio: int
   compute: Compute
+  alike: bool = False
 
   @nn.compact
   def __call__(
@@ -441,9 +459,10 @@ class DecoderBlock(nn.Module):
     Returns:
       (B, N, D) float32. Rows beyond `length` are finite and without meaning.
     """
-    x = x + SelfAttention(self.heads, self.compute, name="self_attention")(
-      _norm(self, "self_norm", x), rotary, length, products
+    within = SelfAttention(
+      self.heads, self.compute, self.alike, name="self_attention"
     )
+    x = x + within(_norm(self, "self_norm", x), rotary, length, products)
     x = x + CrossAttention(self.heads, self.compute, name="cross_attention")(
       _norm(self, "cross_norm", x),
       _norm(self, "context_norm", context),

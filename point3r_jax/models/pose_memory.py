@@ -31,7 +31,7 @@ class PoseMemory(nn.Module):
     self.projection = Linear(width, self.compute.dtype, result=jnp.float32)
     sizes = (self.config.decoder_heads, self.config.mlp_ratio, self.compute)
     block = self.compute.remat_block(DecoderBlock)
-    self.read_blocks = [block(*sizes) for _ in range(_DEPTH)]
+    self.read_blocks = [block(*sizes, alike=True) for _ in range(_DEPTH)]
     self.write_blocks = [block(*sizes) for _ in range(_DEPTH)]
 
   def _pair(self, summary: jax.Array, token: jax.Array) -> jax.Array:
@@ -50,8 +50,7 @@ class PoseMemory(nn.Module):
     """
     width = self.config.decoder_width
     blank = jnp.broadcast_to(self.masked_token, (summary.shape[0], width))
-    # Alike tokens attend to each other as one does to itself. Products with one
-    # row would take many kernels.
+    # Products with one row would take many kernels.
     copies = -(-self.compute.token_block // summary.shape[0])
     x = jnp.repeat(self._pair(summary, blank), copies, axis=1)
     for block in self.read_blocks:
