@@ -20,6 +20,7 @@ from collections.abc import Iterator
 
 from benchmarks.profiling import part
 from benchmarks.training import add_step_flags, make_config
+from point3r_jax.gpu_options import load_kernels_at_the_start
 from point3r_jax.training.devices import topology_devices
 from point3r_jax.training.experiment import open_experiment
 from point3r_jax.training.hlo import (
@@ -215,13 +216,17 @@ def main() -> None:
   add_step_flags(parser)
   parser.add_argument("--topology", default="h200:1")
   flags = parser.parse_args()
+  load_kernels_at_the_start()
   for case in flags.case:
     devices = topology_devices(flags.topology)
     config = make_config(case, flags, len(devices))
     experiment = for_devices(open_experiment(config, devices))
     shape = (config.views, *config.image_sizes[0])
     compiled = lower_step(experiment, shape).compile(
-      {**compiler_options(config.cuda_graphs, "gpu"), **dict(flags.xla)}
+      {
+        **compiler_options(config.cuda_graphs, len(devices), "gpu"),
+        **dict(flags.xla),
+      }
     )
     needed = step_flops(
       experiment.step,

@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 
 from benchmarks.profiling import profile
 from configs import stage1_224, stage2_512, stage3_long, synthetic_tiny
+from point3r_jax.gpu_options import load_kernels_at_the_start
 from point3r_jax.params import init_params, param_shapes
 from point3r_jax.training.experiment import Experiment, open_experiment
 from point3r_jax.training.plan import step_flops
@@ -123,7 +124,10 @@ def measure(experiment: Experiment, flags: argparse.Namespace) -> dict:
   (image_size,) = config.image_sizes
   started = time.perf_counter()
   compiled = lower_step(experiment, (config.views, *image_size)).compile(
-    {**(compiler_options(config.cuda_graphs) or {}), **dict(flags.xla)}
+    {
+      **(compiler_options(config.cuda_graphs, mesh.size) or {}),
+      **dict(flags.xla),
+    }
   )
   compile_seconds = time.perf_counter() - started
 
@@ -188,6 +192,7 @@ def main() -> None:
     "--profile", action="store_true", help="also say where the time goes (GPU)"
   )
   flags = parser.parse_args()
+  load_kernels_at_the_start()
   for case in flags.case:
     config = make_config(case, flags, jax.device_count())
     result = measure(open_experiment(config), flags)

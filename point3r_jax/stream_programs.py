@@ -19,8 +19,13 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from point3r_jax.config import ModelConfig
+from point3r_jax.gpu_options import (
+  GPU_OPTIONS,
+  GRAPH_COMMANDS,
+  GRAPHS,
+  suit_devices,
+)
 from point3r_jax.memory import PointerMemory, grow, init_memory
-from point3r_jax.models.compute import GPU_OPTIONS, GRAPH_COMMANDS
 from point3r_jax.params import JoinedParams, join_params
 from point3r_jax.streaming import (
   Prediction,
@@ -71,7 +76,7 @@ _AXIS = "stream"
 # another.
 _ENCODER_OPTIONS = {
   **GPU_OPTIONS,
-  "xla_gpu_enable_command_buffer": GRAPH_COMMANDS,
+  GRAPHS: GRAPH_COMMANDS,
   "xla_gpu_command_buffer_scheduling_mode": "SERIALIZE",
 }
 # The step's has the choice of rows in it, and what does not depend on the other
@@ -79,7 +84,7 @@ _ENCODER_OPTIONS = {
 # share no place.
 _STEP_OPTIONS = {
   **GPU_OPTIONS,
-  "xla_gpu_enable_command_buffer": f"{GRAPH_COMMANDS},CONDITIONAL",
+  GRAPHS: f"{GRAPH_COMMANDS},CONDITIONAL",
   "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
 }
 
@@ -365,9 +370,12 @@ class StreamPrograms:
     def compile_traced(traced):
       lowered, elapsed = traced.result()
       started = time.perf_counter()
-      gpu = jax.default_backend() == "gpu"
+      options = None
+      if jax.default_backend() == "gpu":
+        devices = self.split.mesh.size if self.split else 1
+        options = suit_devices(gpu_options, devices)
       with _quick_turns:
-        program = lowered.compile(gpu_options if gpu else None)
+        program = lowered.compile(options)
       if name is not None:
         elapsed += time.perf_counter() - started
         self.seconds[name] = self.seconds.get(name, 0.0) + elapsed

@@ -11,6 +11,7 @@ import pytest
 
 import point3r_jax as p3r
 from point3r_jax import stream_programs, streaming
+from point3r_jax.gpu_options import GRAPHS
 from point3r_jax.models.point3r import BegunFrame
 from tests import goldens, micro
 from tests.streams import FRAMES, images, make_stream
@@ -53,6 +54,28 @@ def test_quick_turns_end_with_a_compilation_that_fails(monkeypatch):
   with pytest.raises(MemoryError):
     programs._submit("program", None, fail, {}).result()
   assert events == ["enter", "fail", "leave"]
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_several_gpus_have_graphs_only_of_loaded_kernels(devices, monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setenv("CUDA_MODULE_LOADING", "LAZY")
+  programs = stream_programs.StreamPrograms(
+    micro.CONFIG,
+    p3r.StepOptions(),
+    micro.IMAGE_SIZE,
+    devices,
+    1,
+    jax.devices()[:devices],
+  )
+
+  class Lowered:
+    def compile(self, options):
+      return options
+
+  given = stream_programs._STEP_OPTIONS
+  options = programs._submit("program", None, Lowered, given).result()
+  assert options == (given if devices == 1 else {**given, GRAPHS: ""})
 
 
 def test_encoder_and_step_are_compiled_side_by_side(own_programs, monkeypatch):

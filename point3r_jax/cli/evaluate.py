@@ -21,6 +21,7 @@ from point3r_jax.cli.common import (
   stop_on_interrupt,
 )
 from point3r_jax.errors import InputError
+from point3r_jax.gpu_options import load_kernels_at_the_start
 
 _TASKS = ("mv_recon", "monodepth", "video_depth", "relpose", "synthetic")
 
@@ -166,6 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   flags = _parser().parse_args(arguments)
   logging.basicConfig(format="%(message)s", force=True)
   logging.getLogger("point3r_jax").setLevel(logging.INFO)
+  load_kernels_at_the_start()
   return run(lambda: _run(flags))
 
 

@@ -15,6 +15,7 @@ from ml_collections import config_flags
 
 from point3r_jax.cli.common import INTERRUPTED, end, leave, run
 from point3r_jax.errors import InputError
+from point3r_jax.gpu_options import load_kernels_at_the_start
 
 # Exit code of a run that cannot go on; restarting it will not help.
 _DIVERGED = 3
@@ -159,6 +160,7 @@ def _main(arguments: Sequence[str]) -> None:
   absl.logging.set_verbosity(absl.logging.WARNING)
   logging.basicConfig(format="%(asctime)s %(message)s", force=True)
   logging.getLogger("point3r_jax").setLevel(logging.INFO)
+  load_kernels_at_the_start()
   agreed = False
 
   def program() -> int:

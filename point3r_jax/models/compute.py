@@ -20,21 +20,6 @@ REMAT = ("none", "elementwise", "blocks")
 # Name of a block's normalised inputs, for what is kept.
 NORMED = "normed"
 
-# XLA's options for the model's programs on GPUs. cuBLAS adds bias and residual
-# within a product, which XLA's own kernels do not; to tune those takes half of
-# the compilation or more. Merged products would have their other operands
-# joined every time.
-GPU_OPTIONS = {
-  "xla_gpu_enable_triton_gemm": False,
-  "xla_gpu_dot_merger_threshold_mb": 0,
-}
-
-# What CUDA graphs may hold of such a program: all but loops, conditionals and
-# what devices send each other.
-GRAPH_COMMANDS = (
-  "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONVOLUTION,DYNAMIC_SLICE_FUSION"
-)
-
 
 def _keep(primitive: Any, *operands, **params) -> bool:
   """Keeps linear maps, norms that only normalise, and cuDNN's attention."""

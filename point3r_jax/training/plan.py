@@ -155,7 +155,9 @@ def plan(experiment: Experiment, image_size: tuple[int, int]) -> Plan:
   views = views if isinstance(views, int) else max(views)
   shape = (views, *image_size)
   device = mesh.devices.flat[0]
-  options = compiler_options(experiment.config.cuda_graphs, device.platform)
+  options = compiler_options(
+    experiment.config.cuda_graphs, experiment.mesh.size, device.platform
+  )
   if device.platform == "cpu":
     options = _CPU_OPTIONS
 

@@ -14,7 +14,12 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from point3r_jax.errors import one_line
-from point3r_jax.models.compute import GPU_OPTIONS, GRAPH_COMMANDS
+from point3r_jax.gpu_options import (
+  GPU_OPTIONS,
+  GRAPH_COMMANDS,
+  GRAPHS,
+  suit_devices,
+)
 from point3r_jax.params import param_shapes
 from point3r_jax.streaming import Prediction
 from point3r_jax.training.experiment import CUDA_GRAPHS, Experiment
@@ -41,19 +46,20 @@ _log = logging.getLogger(__name__)
 
 
 def compiler_options(
-  cuda_graphs: str = "none", platform: str | None = None
+  cuda_graphs: str = "none", devices: int = 1, platform: str | None = None
 ) -> dict[str, bool | int | str] | None:
   """Returns XLA's options for training steps.
 
   Args:
     cuda_graphs: what of a step GPUs launch as CUDA graphs, of `CUDA_GRAPHS`.
+    devices: how many run a step together, those of all processes.
     platform: what they run on; None: as the default device.
   """
   if (platform or jax.default_backend()) != "gpu":
     return None
-  return {
+  options = {
     **GPU_OPTIONS,
-    "xla_gpu_enable_command_buffer": _COMMANDS[cuda_graphs],
+    GRAPHS: _COMMANDS[cuda_graphs],
     # Slices are kernels like any other. Otherwise the host computes where they
     # are, so that no graph can hold them; it prepares each for 0.25 ms before a
     # step's first kernel; and products that are kept in a loop's stack are
@@ -61,6 +67,7 @@ def compiler_options(
     "xla_disable_hlo_passes": "dynamic-slice-annotator",
     "xla_gpu_enable_dynamic_slice_fusion": False,
   }
+  return suit_devices(options, devices)
 
 
 def batch_shapes(
@@ -114,7 +121,7 @@ def _compile_step(
   )
   started = time.monotonic()
   compiled = lower_step(experiment, shape).compile(
-    compiler_options(experiment.config.cuda_graphs)
+    compiler_options(experiment.config.cuda_graphs, experiment.mesh.size)
   )
   _log.info(
     "compiled the step for %d views of %dx%d in %.0f s",
