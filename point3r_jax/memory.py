@@ -185,19 +185,17 @@ def _fuse_sample(
   row = count + jnp.cumsum(append) - 1
   target = jnp.where(append & (row < capacity), row, nearest)
   hits = jnp.zeros(capacity, jnp.float32).at[target].add(1.0)
-  written = hits > 0
 
   def replace(old, new):
-    total = jnp.zeros_like(old).at[target].add(new)
-    mean = total / jnp.maximum(hits, 1.0)[:, None]
-    return jnp.where(written[:, None], mean, old)
+    # In place: nothing but the rows of targets is read and written.
+    return old.at[target].set(0).at[target].add(new / hits[target, None])
 
   appended = jnp.sum(append)
   fits = jnp.minimum(appended, capacity - count)
   return memory.replace(
     position=replace(memory.position, position),
     feature=replace(memory.feature, feature),
-    updated=jnp.where(written, memory.frame, memory.updated),
+    updated=memory.updated.at[target].set(memory.frame),
     count=(count + fits).astype(jnp.int32),
     overflow=(memory.overflow + appended - fits).astype(jnp.int32),
   )

@@ -255,10 +255,12 @@ def interact_fn(
     return model.apply({"params": params}, *operands, method=method)
 
   def decode(rows):
-    return apply(model.decode, begun.first_pointers(rows))
+    # Of the memory's own array, which nothing has to be copied from before.
+    feature = memory.feature[:, :rows]
+    return apply(model.decode, begun.first_pointers(rows), feature)
 
   with jax.default_matmul_precision(options.precision.matmul):
-    begun = apply(model.begin, tokens, context)
+    begun = apply(model.begin, tokens, context, grid)
     choices = row_choices(capacity) if choose_rows else (capacity,)
     fewer = np.array(choices[:-1], np.int32)
     decoded = jax.lax.switch(

@@ -81,7 +81,7 @@ class BegunFrame:
   Attributes:
     first: (B,) bool, whether it is the sample's first frame.
     image: (B, N, D) float32, the image stream.
-    pointers: (B, C, D) float32.
+    own: (B, N, D) float32, the pointers of a first frame.
     count: (B,) int32, the valid prefix of the pointers.
     image_rotary: tables for the image blocks, of 1+N+padding rows, the pose
       query before and padding behind the image stream, and of C rows; None
@@ -93,7 +93,7 @@ class BegunFrame:
 
   first: jax.Array
   image: jax.Array
-  pointers: jax.Array
+  own: jax.Array
   count: jax.Array
   image_rotary: DecoderRotary | None
   pointer_rotary: DecoderRotary | None
@@ -101,18 +101,17 @@ class BegunFrame:
   pose_slots: jax.Array
 
   def first_pointers(self, rows: int) -> BegunFrame:
-    """Returns the same with the first so many rows of pointers."""
+    """Returns the same with tables of the first so many rows of pointers."""
 
-    def cut(tree):
-      return jax.tree.map(lambda x: x[:, :rows], tree)
-
-    def cut_table(table):
-      return table and table.replace(pointers=cut(table.pointers))
+    def cut(table):
+      if table is None:
+        return None
+      first = jax.tree.map(lambda x: x[:, :rows], table.pointers)
+      return table.replace(pointers=first)
 
     return self.replace(
-      pointers=cut(self.pointers),
-      image_rotary=cut_table(self.image_rotary),
-      pointer_rotary=cut_table(self.pointer_rotary),
+      image_rotary=cut(self.image_rotary),
+      pointer_rotary=cut(self.pointer_rotary),
     )
 
 
@@ -192,22 +191,24 @@ class Point3R(nn.Module):
     Returns:
       Predictions, the frame's pointers and the rewritten pose memory.
     """
-    begun = self.begin(tokens, context)
-    return self.finish(tokens, begun, self.decode(begun), grid)
+    begun = self.begin(tokens, context, grid)
+    decoded = self.decode(begun, context.feature)
+    return self.finish(tokens, begun, decoded, grid)
 
-  def begin(self, tokens: jax.Array, context: Context) -> BegunFrame:
-    """Makes what the decoders read; see `__call__` for the arguments.
+  def begin(
+    self, tokens: jax.Array, context: Context, grid: tuple[int, int]
+  ) -> BegunFrame:
+    """Makes what the decoders read besides the pointers' features.
 
-    At a first frame the pointers are the frame's own.
+    See `__call__` for the arguments.
     """
     config, first = self.config, context.first
-    num_tokens, capacity = tokens.shape[1], context.feature.shape[1]
-    summary = tokens.mean(axis=1)
+    num_tokens = tokens.shape[1]
+    # Row by row first: one sum of all tokens leaves most of a GPU idle.
+    summary = tokens.reshape(-1, *grid, tokens.shape[-1]).mean(2).mean(1)
     slots = jnp.where(
       first[:, None, None], self.pose_memory.initial_slots, context.pose_slots
     )
-    own = self.pointer_projection(tokens)
-    own = jnp.pad(own, ((0, 0), (0, capacity - num_tokens), (0, 0)))
     tables = [
       decoder_rotary(
         config,
@@ -224,7 +225,7 @@ class Point3R(nn.Module):
     return BegunFrame(
       first=first,
       image=self.image_projection(tokens),
-      pointers=jnp.where(first[:, None, None], own, context.feature),
+      own=self.pointer_projection(tokens),
       count=jnp.where(first, num_tokens, context.count),
       image_rotary=tables[0],
       pointer_rotary=tables[1],
@@ -232,11 +233,21 @@ class Point3R(nn.Module):
       pose_slots=slots,
     )
 
-  def decode(self, begun: BegunFrame) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def decode(
+    self, begun: BegunFrame, feature: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Runs the decoders; returns what `InterleavedDecoder` does, padded.
 
     It also asks for the pose query, beside the pointers' first layer.
+
+    Args:
+      begun: from `begin`.
+      feature: (B, C, D) float32, pointer features in memory.
     """
+    rows = feature.shape[1]
+    own = begun.own[:, :rows]
+    own = jnp.pad(own, ((0, 0), (0, rows - own.shape[1]), (0, 0)))
+    pointers = jnp.where(begun.first[:, None, None], own, feature)
     query = jnp.where(
       begun.first[:, None],
       self.pose_token,
@@ -247,7 +258,7 @@ class Point3R(nn.Module):
     image, _, length = self.compute.pad_tokens(image)
     return self.decoder(
       image,
-      begun.pointers,
+      pointers,
       begun.count,
       begun.image_rotary,
       begun.pointer_rotary,

@@ -35,8 +35,8 @@ class PoseMemory(nn.Module):
     self.write_blocks = [block(*sizes) for _ in range(_DEPTH)]
 
   def _pair(self, summary: jax.Array, token: jax.Array) -> jax.Array:
-    """Joins a frame's summary (B, E) and a token (B, D) to (B, 1, 2D)."""
-    return jnp.concatenate([self.projection(summary), token], axis=-1)[:, None]
+    """Joins summaries (B, n, E) and tokens (B, n, D) to (B, n, 2D)."""
+    return jnp.concatenate([self.projection(summary), token], axis=-1)
 
   def inquire(self, summary: jax.Array, slots: jax.Array) -> jax.Array:
     """Asks the slots for a pose token.
@@ -48,11 +48,11 @@ class PoseMemory(nn.Module):
     Returns:
       (B, D) float32.
     """
-    width = self.config.decoder_width
-    blank = jnp.broadcast_to(self.masked_token, (summary.shape[0], width))
-    # Products with one row would take many kernels.
-    copies = -(-self.compute.token_block // summary.shape[0])
-    x = jnp.repeat(self._pair(summary, blank), copies, axis=1)
+    batch, width = summary.shape[0], self.config.decoder_width
+    # Norms and products of one row would take many kernels.
+    copies = -(-self.compute.token_block // batch)
+    blank = jnp.broadcast_to(self.masked_token, (batch, copies, width))
+    x = self._pair(jnp.repeat(summary[:, None], copies, axis=1), blank)
     for block in self.read_blocks:
       x = block(x, slots)
     return x[:, 0, width:]
@@ -70,7 +70,7 @@ class PoseMemory(nn.Module):
     Returns:
       The new slots, (B, S, 2D) float32.
     """
-    context = self._pair(summary, pose_token)
+    context = self._pair(summary[:, None], pose_token[:, None])
     for block in self.write_blocks:
       slots = block(slots, context)
     return slots
