@@ -340,7 +340,9 @@ class Point3R(nn.Module):
     )
     key = self.key_head(jnp.concatenate([tokens, decoded], axis=-1))
     value = self.value_projection(self.value_encoder(points_world))
-    feature = self.pointer_projection(key + value)
+    # In this order: the key, which is there sooner, is added within the product
+    # that gives the value.
+    feature = self.pointer_projection(value + key)
     batch, patch = tokens.shape[0], self.config.patch_size
     patches = points_world.reshape(batch, grid[0], patch, grid[1], patch, 3)
     position = patches.mean(axis=(2, 4)).reshape(batch, -1, 3)
