@@ -255,9 +255,9 @@ def interact_fn(
     return model.apply({"params": params}, *operands, method=method)
 
   def decode(rows):
-    # Of the memory's own array, which nothing has to be copied from before.
-    feature = memory.feature[:, :rows]
-    return apply(model.decode, begun.first_pointers(rows), feature)
+    # Each choice reads for itself: nothing has to be copied for all of them.
+    read = read_memory(memory, memory.capacity - rows)
+    return apply(model.decode, begun, read)
 
   with jax.default_matmul_precision(options.precision.matmul):
     begun = apply(model.begin, tokens, context, grid)

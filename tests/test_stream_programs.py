@@ -12,7 +12,7 @@ import pytest
 import point3r_jax as p3r
 from point3r_jax import stream_programs, streaming
 from point3r_jax.gpu_options import GRAPHS
-from point3r_jax.models.point3r import BegunFrame
+from point3r_jax.models.point3r import Point3R
 from tests import goldens, micro
 from tests.streams import FRAMES, images, make_stream
 
@@ -165,13 +165,14 @@ def test_decoders_run_on_as_few_rows_as_hold_all_pointers(
   expected = run()
   monkeypatch.setattr(streaming, "_MANY_ROWS", 1)
   monkeypatch.setattr(streaming, "BLOCK", 1)
-  rows, cut = [], BegunFrame.first_pointers
+  rows, decode = [], Point3R.decode
 
-  def spy(self, count):
-    rows.append(count)
-    return cut(self, count)
+  def spy(self, begun, context):
+    rows.append(context.feature.shape[1])
+    assert context.position.shape[1] == rows[-1]
+    return decode(self, begun, context)
 
-  monkeypatch.setattr(BegunFrame, "first_pointers", spy)
+  monkeypatch.setattr(Point3R, "decode", spy)
   found = run()
   assert rows == [28, 35, 42]
   counts = [prediction.pointer_count.tolist() for prediction in found]

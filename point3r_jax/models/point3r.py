@@ -11,11 +11,7 @@ import jax.numpy as jnp
 
 from point3r_jax.config import ModelConfig
 from point3r_jax.models.compute import Compute
-from point3r_jax.models.decoder import (
-  DecoderRotary,
-  InterleavedDecoder,
-  decoder_rotary,
-)
+from point3r_jax.models.decoder import InterleavedDecoder, decoder_rotary
 from point3r_jax.models.dpt import DenseHead
 from point3r_jax.models.encoder import VisionTransformer
 from point3r_jax.models.heads import WorldHead, point_map, pose_encoding
@@ -76,43 +72,21 @@ class FrameOutput:
 
 @flax.struct.dataclass
 class BegunFrame:
-  """A frame before the decoders: what they read, and what is needed after.
+  """A frame before the decoders: what does not depend on pointers in memory.
 
   Attributes:
-    first: (B,) bool, whether it is the sample's first frame.
     image: (B, N, D) float32, the image stream.
     own: (B, N, D) float32, the pointers of a first frame.
-    count: (B,) int32, the valid prefix of the pointers.
-    image_rotary: tables for the image blocks, of 1+N+padding rows, the pose
-      query before and padding behind the image stream, and of C rows; None
-      without rotary embedding.
-    pointer_rotary: the same for the pointer blocks.
-    summary: (B, E) float32, the mean of the frame's tokens.
+    count: (B,) int32, the valid prefix of the pointers that decoders see.
+    summary: (B, n, D) float32, see `PoseMemory.summarise`.
     pose_slots: (B, S, 2D) float32.
   """
 
-  first: jax.Array
   image: jax.Array
   own: jax.Array
   count: jax.Array
-  image_rotary: DecoderRotary | None
-  pointer_rotary: DecoderRotary | None
   summary: jax.Array
   pose_slots: jax.Array
-
-  def first_pointers(self, rows: int) -> BegunFrame:
-    """Returns the same with tables of the first so many rows of pointers."""
-
-    def cut(table):
-      if table is None:
-        return None
-      first = jax.tree.map(lambda x: x[:, :rows], table.pointers)
-      return table.replace(pointers=first)
-
-    return self.replace(
-      image_rotary=cut(self.image_rotary),
-      pointer_rotary=cut(self.pointer_rotary),
-    )
 
 
 class Point3R(nn.Module):
@@ -192,78 +166,62 @@ class Point3R(nn.Module):
       Predictions, the frame's pointers and the rewritten pose memory.
     """
     begun = self.begin(tokens, context, grid)
-    decoded = self.decode(begun, context.feature)
+    decoded = self.decode(begun, context)
     return self.finish(tokens, begun, decoded, grid)
 
   def begin(
     self, tokens: jax.Array, context: Context, grid: tuple[int, int]
   ) -> BegunFrame:
-    """Makes what the decoders read besides the pointers' features.
-
-    See `__call__` for the arguments.
-    """
-    config, first = self.config, context.first
-    num_tokens = tokens.shape[1]
-    # Row by row first: one sum of all tokens leaves most of a GPU idle.
-    summary = tokens.reshape(-1, *grid, tokens.shape[-1]).mean(2).mean(1)
+    """Makes what needs no pointers in memory; see `__call__` for arguments."""
+    first, num_tokens = context.first, tokens.shape[1]
     slots = jnp.where(
       first[:, None, None], self.pose_memory.initial_slots, context.pose_slots
     )
-    tables = [
-      decoder_rotary(
-        config,
-        heads,
-        context.image_position,
-        context.position,
-        first,
-        -(num_tokens + 1) % self.compute.token_block,
-      )
-      if self.rotary
-      else None
-      for heads in (config.decoder_heads, config.pointer_heads)
-    ]
     return BegunFrame(
-      first=first,
       image=self.image_projection(tokens),
       own=self.pointer_projection(tokens),
       count=jnp.where(first, num_tokens, context.count),
-      image_rotary=tables[0],
-      pointer_rotary=tables[1],
-      summary=summary,
+      summary=self.pose_memory.summarise(
+        tokens.reshape(-1, *grid, tokens.shape[-1])
+      ),
       pose_slots=slots,
     )
 
   def decode(
-    self, begun: BegunFrame, feature: jax.Array
+    self, begun: BegunFrame, context: Context
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Runs the decoders; returns what `InterleavedDecoder` does, padded.
-
-    It also asks for the pose query, beside the pointers' first layer.
+    """Runs the decoders, and makes the pose query and the pointers they read.
 
     Args:
       begun: from `begin`.
-      feature: (B, C, D) float32, pointer features in memory.
+      context: of which rows of pointers beyond `begun.count` may be left out.
+
+    Returns:
+      What `InterleavedDecoder` does, padded to (B, 1+N+padding, D).
     """
-    rows = feature.shape[1]
-    own = begun.own[:, :rows]
-    own = jnp.pad(own, ((0, 0), (0, rows - own.shape[1]), (0, 0)))
-    pointers = jnp.where(begun.first[:, None, None], own, feature)
+    config, first = self.config, context.first
     query = jnp.where(
-      begun.first[:, None],
+      first[:, None],
       self.pose_token,
       self.pose_memory.inquire(begun.summary, begun.pose_slots),
     )
     self.sow("intermediates", "pose_query", query)
     image = jnp.concatenate([query[:, None], begun.image], axis=1)
-    image, _, length = self.compute.pad_tokens(image)
-    return self.decoder(
-      image,
-      pointers,
-      begun.count,
-      begun.image_rotary,
-      begun.pointer_rotary,
-      length,
-    )
+    image, padding, length = self.compute.pad_tokens(image)
+
+    rows = context.feature.shape[1]
+    own = begun.own[:, :rows]
+    own = jnp.pad(own, ((0, 0), (0, rows - own.shape[1]), (0, 0)))
+    pointers = jnp.where(first[:, None, None], own, context.feature)
+    tables = [
+      decoder_rotary(
+        config, heads, context.image_position, context.position, first, padding
+      )
+      if self.rotary
+      else None
+      for heads in (config.decoder_heads, config.pointer_heads)
+    ]
+    return self.decoder(image, pointers, begun.count, *tables, length)
 
   def finish(
     self,

@@ -34,28 +34,36 @@ class PoseMemory(nn.Module):
     self.read_blocks = [block(*sizes, alike=True) for _ in range(_DEPTH)]
     self.write_blocks = [block(*sizes) for _ in range(_DEPTH)]
 
-  def _pair(self, summary: jax.Array, token: jax.Array) -> jax.Array:
-    """Joins summaries (B, n, E) and tokens (B, n, D) to (B, n, 2D)."""
-    return jnp.concatenate([self.projection(summary), token], axis=-1)
+  def summarise(self, tokens: jax.Array) -> jax.Array:
+    """Makes the frame's half of what the slots are asked for, and rewritten by.
+
+    Args:
+      tokens: (B, h, w, E), the frame's encoder tokens.
+
+    Returns:
+      (B, n, D) float32: n like rows, for products and norms of one would take
+      many kernels.
+    """
+    # Row by row first: one sum of all tokens leaves most of a GPU idle.
+    mean = tokens.mean(axis=2).mean(axis=1)
+    copies = -(-self.compute.token_block // tokens.shape[0])
+    return self.projection(jnp.repeat(mean[:, None], copies, axis=1))
 
   def inquire(self, summary: jax.Array, slots: jax.Array) -> jax.Array:
     """Asks the slots for a pose token.
 
     Args:
-      summary: (B, E), the frame's mean encoder token.
+      summary: (B, n, D) from `summarise`.
       slots: (B, S, 2D).
 
     Returns:
       (B, D) float32.
     """
-    batch, width = summary.shape[0], self.config.decoder_width
-    # Norms and products of one row would take many kernels.
-    copies = -(-self.compute.token_block // batch)
-    blank = jnp.broadcast_to(self.masked_token, (batch, copies, width))
-    x = self._pair(jnp.repeat(summary[:, None], copies, axis=1), blank)
+    blank = jnp.broadcast_to(self.masked_token, summary.shape)
+    x = jnp.concatenate([summary, blank], axis=-1)
     for block in self.read_blocks:
       x = block(x, slots)
-    return x[:, 0, width:]
+    return x[:, 0, summary.shape[-1] :]
 
   def update(
     self, summary: jax.Array, pose_token: jax.Array, slots: jax.Array
@@ -63,14 +71,14 @@ class PoseMemory(nn.Module):
     """Writes a frame into the slots.
 
     Args:
-      summary: (B, E), the frame's mean encoder token.
+      summary: (B, n, D) from `summarise`.
       pose_token: (B, D), the decoded pose token.
       slots: (B, S, 2D).
 
     Returns:
       The new slots, (B, S, 2D) float32.
     """
-    context = self._pair(summary[:, None], pose_token[:, None])
+    context = jnp.concatenate([summary[:, 0], pose_token], axis=-1)[:, None]
     for block in self.write_blocks:
       slots = block(slots, context)
     return slots
