@@ -98,19 +98,34 @@ class Compute:
     """
     return 1 if self.dtype == jnp.float32 else 8
 
-  def pad_tokens(self, x: jax.Array) -> tuple[jax.Array, int, jax.Array | None]:
+  def pad_tokens(
+    self, x: jax.Array, before: int = 0
+  ) -> tuple[jax.Array, int, jax.Array | None]:
     """Pads a stream of tokens (B, N, D) with zeros to whole blocks.
 
+    Args:
+      x: the stream.
+      before: tokens that will be put in front of it.
+
     Returns:
-      The stream, how many tokens are padding, and the valid prefix N (B,), None
-      without padding.
+      The stream, how many tokens are padding, and the valid prefix, before+N,
+      (B,), None without padding.
     """
-    batch, tokens, _ = x.shape
+    batch, tokens = x.shape[0], before + x.shape[1]
     padding = -tokens % self.token_block
     if not padding:
       return x, 0, None
     x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
     return x, padding, jnp.full(batch, tokens, jnp.int32)
+
+  def fill_block(self, x: jax.Array) -> jax.Array:
+    """Repeats what a sample has one of, (B, C) to (B, n, C).
+
+    As often as the batch needs to make a block of rows: norms and products of
+    fewer take many kernels.
+    """
+    copies = -(-self.token_block // x.shape[0])
+    return jnp.repeat(x[:, None], copies, axis=1)
 
   def attend(
     self,

@@ -489,8 +489,8 @@ class ModulatedNorm(nn.Module):
       self.compute.dtype,
       result=jnp.float32,
       name="modulation",
-    )(nn.silu(condition))
-    shift, scale = jnp.split(modulation[:, None], 2, axis=-1)
+    )(self.compute.fill_block(nn.silu(condition)))
+    shift, scale = jnp.split(modulation[:, :1], 2, axis=-1)
     return layer_norm(self.compute, "norm")(x) * (1 + scale) + shift
 
 

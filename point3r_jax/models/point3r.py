@@ -75,7 +75,8 @@ class BegunFrame:
   """A frame before the decoders: what does not depend on pointers in memory.
 
   Attributes:
-    image: (B, N, D) float32, the image stream.
+    image: (B, N+padding, D) float32, the image stream but for its pose query.
+    image_length: (B,) int32, its valid prefix 1+N, or None without padding.
     own: (B, N, D) float32, the pointers of a first frame.
     count: (B,) int32, the valid prefix of the pointers that decoders see.
     summary: (B, n, D) float32, see `PoseMemory.summarise`.
@@ -83,6 +84,7 @@ class BegunFrame:
   """
 
   image: jax.Array
+  image_length: jax.Array | None
   own: jax.Array
   count: jax.Array
   summary: jax.Array
@@ -177,8 +179,12 @@ class Point3R(nn.Module):
     slots = jnp.where(
       first[:, None, None], self.pose_memory.initial_slots, context.pose_slots
     )
+    image, _, length = self.compute.pad_tokens(
+      self.image_projection(tokens), before=1
+    )
     return BegunFrame(
-      image=self.image_projection(tokens),
+      image=image,
+      image_length=length,
       own=self.pointer_projection(tokens),
       count=jnp.where(first, num_tokens, context.count),
       summary=self.pose_memory.summarise(
@@ -207,8 +213,7 @@ class Point3R(nn.Module):
     )
     self.sow("intermediates", "pose_query", query)
     image = jnp.concatenate([query[:, None], begun.image], axis=1)
-    image, padding, length = self.compute.pad_tokens(image)
-
+    padding = begun.image.shape[1] - begun.own.shape[1]
     rows = context.feature.shape[1]
     own = begun.own[:, :rows]
     own = jnp.pad(own, ((0, 0), (0, rows - own.shape[1]), (0, 0)))
@@ -221,7 +226,9 @@ class Point3R(nn.Module):
       else None
       for heads in (config.decoder_heads, config.pointer_heads)
     ]
-    return self.decoder(image, pointers, begun.count, *tables, length)
+    return self.decoder(
+      image, pointers, begun.count, *tables, begun.image_length
+    )
 
   def finish(
     self,
@@ -251,9 +258,14 @@ class Point3R(nn.Module):
     maps = (tokens, half[:, 1:], three_quarters[:, 1:], last)
     raw_world = self.world_head(maps, pose_token, grid)
     points_world, confidence_world = point_map(raw_world)
+    # New pointers wait for the points, nothing for the camera's: XLA is not to
+    # make both in one kernel, nor to make the points anew for the pointers.
+    points_world, unhurried = jax.lax.optimization_barrier((points_world, last))
     points_camera = confidence_camera = None
     if self.camera_head:
-      points_camera, confidence_camera = self.camera_points(maps, grid)
+      points_camera, confidence_camera = self.camera_points(
+        (*maps[:-1], unhurried), grid
+      )
     position, feature = self._new_pointers(tokens, last, points_world, grid)
     return FrameOutput(
       points_camera=points_camera,

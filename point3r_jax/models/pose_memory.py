@@ -41,13 +41,11 @@ class PoseMemory(nn.Module):
       tokens: (B, h, w, E), the frame's encoder tokens.
 
     Returns:
-      (B, n, D) float32: n like rows, for products and norms of one would take
-      many kernels.
+      (B, n, D) float32, n like rows: see `Compute.fill_block`.
     """
     # Row by row first: one sum of all tokens leaves most of a GPU idle.
     mean = tokens.mean(axis=2).mean(axis=1)
-    copies = -(-self.compute.token_block // tokens.shape[0])
-    return self.projection(jnp.repeat(mean[:, None], copies, axis=1))
+    return self.projection(self.compute.fill_block(mean))
 
   def inquire(self, summary: jax.Array, slots: jax.Array) -> jax.Array:
     """Asks the slots for a pose token.
