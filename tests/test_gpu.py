@@ -1,5 +1,7 @@
 """What only a GPU can show; run with `-m gpu`."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,8 @@ import pytest
 import point3r_jax as p3r
 from point3r_jax import stream_programs, streaming
 from point3r_jax.models.attention import attention
+from point3r_jax.params import prepare_params
+from point3r_jax.training.hlo import Program, type_shape
 from tests import goldens
 
 pytestmark = pytest.mark.gpu
@@ -137,6 +141,38 @@ def test_kernels_side_by_side_are_the_same_function(monkeypatch, many_rows):
       found, expected = (getattr(x, name) for x in (side_by_side, one_by_one))
       error = np.linalg.norm(found - expected)
       assert error < 0.01 * np.linalg.norm(expected), name
+
+
+def convolutions_waited_for(text, shape):
+  """Names of convolutions that the program's last result of a shape needs."""
+  program = Program(text)
+  entry = {x.name: x for x in program.computations[program.entry]}
+  results = [
+    x.name
+    for x in entry.values()
+    if "[" in x.type and type_shape(x.type) == shape
+  ]
+  waiting, needed = [results[-1]], set()
+  while waiting:
+    name = waiting.pop()
+    if name in entry and name not in needed:
+      needed.add(name)
+      waiting += entry[name].operands
+  names = (re.search(r'op_name="([^"]*)"', entry[x].rest) for x in needed)
+  return [x[1] for x in names if x and "conv_general_dilated" in x[1]]
+
+
+def test_new_pointers_wait_for_the_world_points_alone():
+  """XLA joins kernels of like shapes, and their results then wait for all."""
+  config, image_size = p3r.preset("point3r_512"), (384, 512)
+  options = p3r.StepOptions("bfloat16")
+  programs = stream_programs.StreamPrograms(config, options, image_size, 1, 1)
+  params = programs.put(prepare_params(p3r.init_params(config), "bfloat16"))
+  step = programs.step(params.others, 4608, 768).result()
+  shape = (1, 4608, config.decoder_width)
+  names = convolutions_waited_for(step.as_text(), shape)
+  assert any("world_head" in name for name in names)
+  assert not any("camera" in name for name in names)
 
 
 def test_full_size_stream_in_bfloat16_is_close_to_float32():
