@@ -258,8 +258,8 @@ class Point3R(nn.Module):
     maps = (tokens, half[:, 1:], three_quarters[:, 1:], last)
     raw_world = self.world_head(maps, pose_token, grid)
     points_world, confidence_world = point_map(raw_world)
-    # New pointers wait for the points, nothing for the camera's: XLA is not to
-    # make both in one kernel, nor to make the points anew for the pointers.
+    # New pointers wait for these points, nothing waits for the camera's: XLA is
+    # not to make both in one kernel, nor these again for the pointers.
     points_world, unhurried = jax.lax.optimization_barrier((points_world, last))
     points_camera = confidence_camera = None
     if self.camera_head:
