@@ -187,8 +187,9 @@ def _fuse_sample(
   hits = jnp.zeros(capacity, jnp.float32).at[target].add(1.0)
 
   def replace(old, new):
-    # In place: nothing but the rows of targets is read and written.
-    return old.at[target].set(0).at[target].add(new / hits[target, None])
+    total = jnp.zeros_like(old).at[target].add(new)
+    # In place: of the old ones, nothing but the rows of targets is touched.
+    return old.at[target].set(total[target] / hits[target, None])
 
   appended = jnp.sum(append)
   fits = jnp.minimum(appended, capacity - count)

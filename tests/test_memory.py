@@ -81,10 +81,7 @@ def check(samples, new, capacity=CAPACITY, fusion=True):
     assert memory.overflow[b] == overflow
     for k, value in enumerate((memory.position[b], memory.feature[b])):
       np.testing.assert_allclose(
-        value[: len(want)],
-        [pointer[k] for pointer in want],
-        rtol=1e-6,
-        atol=1e-6,
+        value[: len(want)], [pointer[k] for pointer in want], atol=1e-6
       )
   return memory
 
