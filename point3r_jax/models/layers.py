@@ -290,7 +290,7 @@ class SelfAttention(nn.Module):
   Attributes:
     heads: of which there are.
     compute: precision and kernels.
-    alike: whether all tokens are alike: then each finds its own value.
+    alike: whether all tokens are alike: then the first is key enough for all.
   """
 
   heads: int
@@ -325,9 +325,8 @@ class SelfAttention(nn.Module):
     )
     query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
     if self.alike:
-      y = value[:, :, value_head : value_head + self.heads]
-    else:
-      y = compute.attend(query, key, value, length, length, value_head)
+      key, value = key[:, :1], value[:, :1]
+    y = compute.attend(query, key, value, length, length, value_head)
     return _projection(compute, width)(y.reshape(x.shape))
 
 

@@ -156,7 +156,7 @@ def plan(experiment: Experiment, image_size: tuple[int, int]) -> Plan:
   shape = (views, *image_size)
   device = mesh.devices.flat[0]
   options = compiler_options(
-    experiment.config.cuda_graphs, experiment.mesh.size, device.platform
+    experiment.config.cuda_graphs, mesh.size, device.platform
   )
   if device.platform == "cpu":
     options = _CPU_OPTIONS
