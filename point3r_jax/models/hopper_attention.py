@@ -116,8 +116,7 @@ def _kernel(
   def slot(step):
     return lax.rem(step, jnp.int32(_STAGES))
 
-  @pl.when(warpgroup < computing)
-  def _compute():
+  def compute():
     plgpu.set_max_registers(form.registers[0], action="increase")
     rows = pl.ds(first + warpgroup * _QUERIES, _QUERIES)
     tile = query_tiles.at[warpgroup]
@@ -181,8 +180,7 @@ def _kernel(
     plgpu.copy_smem_to_gmem(tile, output.at[batch, rows, head])
     plgpu.wait_smem_to_gmem(0)
 
-  @pl.when(warpgroup == computing)
-  def _fetch():
+  def fetch_for_them():
     plgpu.set_max_registers(form.registers[1], action="decrease")
 
     def fetch(source, first_head, step, tiles, ready):
@@ -204,6 +202,8 @@ def _kernel(
       fetch(key, 0, step, key_tiles, key_ready)
       plgpu.barrier_wait(value_read.at[slot(step)])
       fetch(value, value_head, step, value_tiles, value_ready)
+
+  lax.cond(warpgroup < computing, compute, fetch_for_them)
 
 
 def _shared(shape: tuple[int, ...], dtype: jnp.dtype) -> plgpu.SMEM:
@@ -270,5 +270,7 @@ def hopper_attention(
     grid_names=("head", "tile", "batch"),
     num_threads=computing + 1,
     thread_name="warpgroup",
-    compiler_params=plgpu.CompilerParams(approx_math=True),
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+    ),
   )(query_length, key_length, query, key, value)
