@@ -25,6 +25,7 @@ from point3r_jax.gpu_options import (
   GRAPHS,
   suit_devices,
 )
+from point3r_jax.lowered_programs import lower_once
 from point3r_jax.memory import PointerMemory, grow, init_memory
 from point3r_jax.params import JoinedParams, join_params
 from point3r_jax.streaming import (
@@ -263,16 +264,14 @@ class StreamPrograms:
       )
       return memory, prediction, frames.replace(next=frames.next + 1)
 
+    key = (capacity, unread)
+
     def lower():
       memory = self.memory_shapes(capacity)
       last = self._shapes(self.init_prediction)
-      frames = self._shapes(self.init_frames)
-      run = jax.jit(
-        self._divide(step, 3), donate_argnums=(1, 2, 3), keep_unused=True
-      )
-      return run.lower(params, memory, last, frames)
+      kept = (memory, last, self._shapes(self.init_frames))
+      return self._lower(key, step, (params, *kept), kept, donate=(1, 2, 3))
 
-    key = (capacity, unread)
     return self._submit(key, capacity, lower, _STEP_OPTIONS, ahead)
 
   def enlarge(
@@ -307,13 +306,13 @@ class StreamPrograms:
         frames.tokens.at[:, :count].set(tokens), jnp.zeros_like(frames.next)
       )
 
+    key = ("encoder", count, dtype)
+
     def lower():
       frames = self._shapes(self.init_frames)
-      images = self._array(shape, dtype)
-      run = jax.jit(self._divide(encode, 2), donate_argnums=1, keep_unused=True)
-      return run.lower(params, frames, images)
+      operands = (params, frames, self._array(shape, dtype))
+      return self._lower(key, encode, operands, frames, donate=(1,))
 
-    key = ("encoder", count, dtype)
     return self._submit(key, "encoder", lower, _ENCODER_OPTIONS)
 
   def wait(self) -> None:
@@ -332,21 +331,34 @@ class StreamPrograms:
   def _array(self, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=self.split)
 
-  def _divide(self, program: Callable, operands: int) -> Callable:
-    """Returns (params, …) → …; each device takes its own streams of it.
+  def _lower(
+    self,
+    key: Hashable,
+    program: Callable,
+    operands: tuple,
+    result: Any,
+    donate: tuple[int, ...],
+  ) -> jax.stages.Lowered:
+    """Lowers (params, …) → …; each device takes its own streams of it.
 
-    All but the parameters have a leading axis of B: so many operands, and the
-    results.
+    All but the parameters, which come first, and the result have a leading axis
+    of B. Unused operands are kept. See `lower_once` for the arguments.
     """
     if self.split is None:
-      return program
-    return jax.shard_map(
+      made_for = (self._config, self._options, self._image_shape)
+      name = repr((*made_for, self._look_ahead, key))
+      return lower_once(
+        program, operands, name=name, result=result, donate=donate
+      )
+    divided = jax.shard_map(
       program,
       mesh=self.split.mesh,
-      in_specs=(PartitionSpec(), *operands * [self.split.spec]),
+      in_specs=(PartitionSpec(), *(len(operands) - 1) * [self.split.spec]),
       out_specs=self.split.spec,
       check_vma=False,
     )
+    jitted = jax.jit(divided, donate_argnums=donate, keep_unused=True)
+    return jitted.lower(*operands)
 
   def _submit(
     self,

@@ -43,6 +43,16 @@ def forked_writers():
     yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def lowered_anew():
+  """Keeps no lowered programs: tests replace what is traced for them."""
+  from point3r_jax import lowered_programs
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(lowered_programs, "_folder", lambda: None)
+    yield
+
+
 @pytest.fixture(autouse=True)
 def own_logging():
   """Takes away what a program logs to: the test's stderr, which is closed."""

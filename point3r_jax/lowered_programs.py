@@ -1,0 +1,154 @@
+"""Lowered programs, kept on disk beside the compiled ones of JAX.
+
+JAX's persistent cache spares a process what another one has compiled, but is
+asked with the lowered program: to trace and lower a step of the full size takes
+Python longer than reading it takes.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax import export
+
+from point3r_jax.files import atomic_file
+from point3r_jax.versions import installed_versions
+
+# Kernels that JAX does not promise to know in another version. None is asked.
+_CUSTOM_CALLS = ("__cudnn$fmhaSoftmax",)
+
+
+def lower_once(
+  program: Callable[..., Any],
+  operands: Sequence[Any],
+  *,
+  name: str,
+  result: Any,
+  donate: Sequence[int] = (),
+) -> jax.stages.Lowered:
+  """Lowers a program, or reads what an earlier process made of it.
+
+  It is kept where `jax_compilation_cache_dir` is, if that is a local folder. A
+  file that is damaged, or cannot be written, is warned about and done without.
+  Files are StableHLO as `jax.export` writes it.
+
+  Args:
+    program: (*operands) → result; determined by its name, this package's files,
+      JAX's settings and versions, and the kind of device. For one device.
+    operands: trees of arrays, or their shapes.
+    name: which program of this package it is, with all that it was made for.
+    result: a tree of the result's structure.
+    donate: which operands' buffers the result may take.
+
+  Returns:
+    What `jax.jit(program).lower(*operands)` does; it keeps unused operands.
+  """
+  jit = functools.partial(jax.jit, donate_argnums=donate, keep_unused=True)
+  folder = _folder()
+  if folder is None:
+    return jit(program).lower(*operands)
+  path = folder / f"point3r-{_fingerprint(name, operands)}.lowered"
+  exported = _read(path)
+  if exported is None:
+    exported = _export(program, operands)
+    _write(path, exported.serialize())
+
+  structure = jax.tree.structure(result)
+
+  # All processes compile this form, so that JAX's cache knows it.
+  def run(*operands):
+    leaves = exported.call(*jax.tree.leaves(operands))
+    return jax.tree.unflatten(structure, leaves)
+
+  return jit(run).lower(*operands)
+
+
+def _folder() -> Path | None:
+  """Returns where programs are kept, or None where they are not."""
+  folder = jax.config.jax_compilation_cache_dir
+  if not (folder and jax.config.jax_enable_compilation_cache):
+    return None
+  return None if "://" in folder else Path(folder)
+
+
+@functools.cache
+def _sources() -> bytes:
+  """Returns a digest of this package's source files."""
+  digest = hashlib.sha256()
+  for path in sorted(Path(__file__).parent.rglob("*.py")):
+    digest.update(path.read_bytes())
+  return digest.digest()
+
+
+def _fingerprint(name: str, operands: Sequence[Any]) -> str:
+  """Returns a name for all that a lowered program depends on."""
+  leaves, structure = jax.tree.flatten(operands)
+  device = jax.devices()[0]
+  settings = dict(jax.config.values, jax_compilation_cache_dir=None)
+  parts = (
+    name,
+    installed_versions("jax", "jaxlib", "flax"),
+    sorted(settings.items()),
+    (device.platform, device.device_kind, getattr(device, "core_count", None)),
+    structure,
+    [(x.shape, x.dtype.name) for x in leaves],
+  )
+  return hashlib.sha256(_sources() + repr(parts).encode()).hexdigest()[:32]
+
+
+def _export(
+  program: Callable[..., Any], operands: Sequence[Any]
+) -> export.Exported:
+  """Exports a program as one of lists of arrays: trees are not written."""
+  leaves, structure = jax.tree.flatten(operands)
+
+  def run(*leaves):
+    return jax.tree.leaves(program(*jax.tree.unflatten(structure, leaves)))
+
+  unchecked = [
+    export.DisabledSafetyCheck.custom_call(call) for call in _CUSTOM_CALLS
+  ]
+  jitted = jax.jit(run, keep_unused=True)
+  shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+  return export.export(jitted, disabled_checks=unchecked)(*shapes)
+
+
+def _read(path: Path) -> export.Exported | None:
+  """Reads a program; None if there is none, or not as it was written."""
+  try:
+    data = path.read_bytes()
+  except FileNotFoundError:
+    return None
+  except OSError as error:
+    _warn("read", path, error)
+    return None
+  digest, program = data[:32], data[32:]
+  if hashlib.sha256(program).digest() != digest:
+    _warn("read", path, "it is damaged")
+    return None
+  return export.deserialize(bytearray(program))
+
+
+def _write(path: Path, program: bytes) -> None:
+  """Writes a program with its digest in front, if that is possible."""
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+      file.write(hashlib.sha256(program).digest() + program)
+  except OSError as error:
+    _warn("write", path, error)
+
+
+def _warn(what: str, path: Path, reason: object) -> None:
+  logging.getLogger(__name__).warning(
+    "could not %s the lowered program %s, which is lowered anew: %s",
+    what,
+    path,
+    reason,
+  )

@@ -1,0 +1,154 @@
+"""What is kept of a program once it is lowered, and when it is lowered anew."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from point3r_jax import lowered_programs, stream_programs
+from point3r_jax.lowered_programs import lower_once
+from tests.streams import images, make_stream
+
+find_folder = lowered_programs._folder  # What no other test finds.
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+  """Where JAX keeps compiled programs during a test."""
+  monkeypatch.setattr(lowered_programs, "_folder", find_folder)
+  path = tmp_path / "cache" / "jax"
+  before = jax.config.jax_compilation_cache_dir
+  jax.config.update("jax_compilation_cache_dir", str(path))
+  yield path
+  jax.config.update("jax_compilation_cache_dir", before)
+  compilation_cache.reset_cache()
+
+
+STATE = {"sum": jnp.zeros(3), "nothing": None}
+
+
+class Adder:
+  """A program that knows how often it was traced."""
+
+  def __init__(self):
+    self.traced = 0
+
+  def __call__(self, amount, state, unused):
+    del unused
+    self.traced += 1
+    return {"sum": state["sum"] + amount, "nothing": None}
+
+  def lower(self, amount=2.0, name="adder", dtype=np.float32):
+    operands = (np.asarray(amount, dtype), STATE, jnp.ones(2))
+    return lower_once(self, operands, name=name, result=STATE, donate=(1,))
+
+
+def files(folder):
+  return sorted(folder.glob("point3r-*.lowered"))
+
+
+def test_a_program_is_lowered_once(folder):
+  first, second = Adder(), Adder()
+  lowered = first.lower()
+  (path,) = files(folder)
+  again = second.lower()
+  assert (first.traced, second.traced) == (1, 0)
+  assert files(folder) == [path]
+  # JAX's cache finds it.
+  assert again.as_text() == lowered.as_text()
+
+
+def test_what_was_read_does_the_same_with_donated_buffers(folder):
+  for _ in range(2):
+    state = {"sum": jnp.arange(3.0), "nothing": None}
+    got = Adder().lower().compile()(np.float32(2), state, jnp.ones(2))
+    chex.assert_trees_all_equal(got, {"sum": np.arange(3) + 2, "nothing": None})
+    assert state["sum"].is_deleted()
+
+
+@pytest.mark.parametrize(
+  "change", [{"name": "another"}, {"amount": [2, 2, 2]}, {"dtype": np.int32}]
+)
+def test_another_program_is_another_file(folder, change):
+  Adder().lower()
+  other = Adder()
+  other.lower(**change)
+  assert other.traced == 1
+  assert len(files(folder)) == 2
+
+
+def test_settings_and_sources_make_another_program(folder, monkeypatch):
+  Adder().lower()
+  other = Adder()
+  before = jax.config.jax_numpy_rank_promotion
+  jax.config.update("jax_numpy_rank_promotion", "warn")
+  try:
+    other.lower()
+  finally:
+    jax.config.update("jax_numpy_rank_promotion", before)
+  assert other.traced == 1
+  monkeypatch.setattr(lowered_programs, "_sources", lambda: b"edited")
+  other.lower()
+  assert other.traced == 2
+  assert len(files(folder)) == 3
+
+
+@pytest.mark.parametrize(
+  "damage", [lambda x: x[:-1], lambda _: b"", bytes.upper]
+)
+def test_a_damaged_file_is_said_and_written_anew(folder, caplog, damage):
+  Adder().lower()
+  (path,) = files(folder)
+  path.write_bytes(damage(path.read_bytes()))
+  second, third = Adder(), Adder()
+  second.lower()
+  assert "damaged" in caplog.text and str(path) in caplog.text
+  third.lower()
+  assert (second.traced, third.traced) == (1, 0)
+
+
+def test_what_cannot_be_written_is_said_and_done_without(folder, caplog):
+  folder.parent.mkdir()
+  folder.write_bytes(b"")  # A file, where the folder would be.
+  program = Adder()
+  for _ in range(2):
+    program.lower()
+  assert program.traced == 2
+  assert "could not write" in caplog.text
+
+
+def test_nothing_is_kept_without_a_local_folder(folder):
+  jax.config.update("jax_compilation_cache_dir", "gs://bucket/jax")
+  first, second = Adder(), Adder()
+  first.lower()
+  second.lower()
+  assert (first.traced, second.traced) == (1, 1)
+  assert not files(folder)
+
+
+@pytest.mark.usefixtures("own_programs", "finished_streams")
+def test_a_stream_whose_programs_were_kept_is_the_same(folder, monkeypatch):
+  def run():
+    stream = make_stream(look_ahead=2)
+    waited = [jax.device_get(stream(image)) for image in images(3)]
+    return [*waited, *map(jax.device_get, stream.extend(images(4)))]
+
+  jax.config.update("jax_enable_compilation_cache", False)
+  expected = run()
+  assert not files(folder)
+  jax.config.update("jax_enable_compilation_cache", True)
+  written = run()
+  kept = files(folder)
+
+  def unexpected(*_, **__):
+    raise AssertionError("traced again")
+
+  for name in ("interact_fn", "encode_fn"):
+    monkeypatch.setattr(stream_programs, name, unexpected)
+  read = run()
+  assert len(kept) == 3  # Both encoders, one frame or two, and the step.
+  assert files(folder) == kept
+  chex.assert_trees_all_equal(written, expected)
+  chex.assert_trees_all_equal(read, expected)
