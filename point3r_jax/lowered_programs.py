@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,10 @@ from point3r_jax.versions import installed_versions
 
 # Kernels that JAX does not promise to know in another version. None is asked.
 _CUSTOM_CALLS = ("__cudnn$fmhaSoftmax",)
+
+# Kernels that are compiled with the help of a library, and what tells XLA where
+# it is when it is imported, as it is for a program that is traced.
+_LIBRARIES = {b"mosaic_gpu": "jax.experimental.mosaic.gpu"}
 
 
 def lower_once(
@@ -132,6 +137,9 @@ def _read(path: Path) -> export.Exported | None:
   if hashlib.sha256(program).digest() != digest:
     _warn("read", path, "it is damaged")
     return None
+  for kernel, library in _LIBRARIES.items():
+    if kernel in program:
+      importlib.import_module(library)
   return export.deserialize(bytearray(program))
 
 

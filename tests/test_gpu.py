@@ -1,6 +1,9 @@
 """What only a GPU can show; run with `-m gpu`."""
 
+import os
 import re
+import subprocess
+import sys
 
 import chex
 import jax
@@ -173,6 +176,34 @@ def test_new_pointers_wait_for_the_world_points_alone():
   names = convolutions_waited_for(step.as_text(), shape)
   assert any("world_head" in name for name in names)
   assert not any("camera" in name for name in names)
+
+
+_OPEN_A_STREAM = """
+import jax, numpy as np, point3r_jax as p3r
+config = p3r.preset("small")
+stream = p3r.Stream(config, p3r.init_params(config), (96, 128))
+images = np.random.default_rng(0).integers(0, 256, (3, 96, 128, 3), np.uint8)
+for prediction in map(stream, images):
+  print(np.asarray(prediction.points_world).tobytes().hex())
+"""
+
+
+def test_a_process_runs_what_another_one_lowered(tmp_path):
+  """Kernels of ours, too, whose module it never imports."""
+  environment = {
+    **os.environ,
+    "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+  }
+
+  def run():
+    command = [sys.executable, "-c", _OPEN_A_STREAM]
+    found = subprocess.check_output(command, env=environment, text=True)
+    return found, sorted(tmp_path.glob("*.lowered"))
+
+  written, files = run()
+  assert b"mosaic_gpu" in b"".join(path.read_bytes() for path in files)
+  assert run() == (written, files)
 
 
 def test_full_size_stream_in_bfloat16_is_close_to_float32():
