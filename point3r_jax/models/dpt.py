@@ -12,7 +12,7 @@ from flax.linen.dtypes import promote_dtype
 
 from point3r_jax.config import ModelConfig
 from point3r_jax.models.compute import Compute
-from point3r_jax.models.layers import Linear, add_bias, sum_products
+from point3r_jax.models.linear import Linear, add_bias, sum_products
 
 
 @jax.custom_jvp

@@ -15,7 +15,8 @@ from point3r_jax.models.decoder import InterleavedDecoder, decoder_rotary
 from point3r_jax.models.dpt import DenseHead
 from point3r_jax.models.encoder import VisionTransformer
 from point3r_jax.models.heads import WorldHead, point_map, pose_encoding
-from point3r_jax.models.layers import Linear, Mlp
+from point3r_jax.models.layers import Mlp
+from point3r_jax.models.linear import Linear
 from point3r_jax.models.pose_memory import PoseMemory
 
 HEADS = ("both", "camera", "world")

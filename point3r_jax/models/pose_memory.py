@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from point3r_jax.config import ModelConfig
 from point3r_jax.models.compute import Compute
-from point3r_jax.models.layers import DecoderBlock, Linear
+from point3r_jax.models.layers import DecoderBlock
+from point3r_jax.models.linear import Linear
 
 # Blocks that read from, and blocks that write to, the slots.
 _DEPTH = 2

@@ -14,6 +14,7 @@ from point3r_jax.models.attention import attention
 from point3r_jax.models.compute import Compute
 from point3r_jax.models.encoder import VisionTransformer, patchify
 from point3r_jax.models.heads import point_map, pose_encoding
+from point3r_jax.models.linear import Linear, add_bias
 from point3r_jax.models.rotary import (
   apply_rotary,
   disable_where,
@@ -277,7 +278,7 @@ def test_linear_rounds_its_result_once_where_sums_are_float32():
     jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
     for shape in ((5, 64), (64, 3), (3,))
   )
-  linear = layers.Linear(3, jnp.bfloat16, sums=jnp.float32)
+  linear = Linear(3, jnp.bfloat16, sums=jnp.float32)
   y = linear.apply({"params": {"kernel": kernel, "bias": bias}}, x)
   wide = (np.asarray(z, np.float64) for z in (x, kernel, bias))
   expected = (lambda x, kernel, bias: x @ kernel + bias)(*wide)
@@ -334,7 +335,7 @@ def test_gradients_of_a_bias_are_sums_over_rows(rows, dtype):
   rng = np.random.default_rng(rows)
   gradient = jnp.asarray(rng.standard_normal((rows, 24)), dtype)
   _, pullback = jax.vjp(
-    layers.add_bias, jnp.zeros((rows, 24), dtype), jnp.zeros(24, dtype)
+    add_bias, jnp.zeros((rows, 24), dtype), jnp.zeros(24, dtype)
   )
   of_y, of_bias = pullback(gradient)
   np.testing.assert_array_equal(of_y, gradient)
