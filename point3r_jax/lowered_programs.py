@@ -21,8 +21,8 @@ from jax import export
 from point3r_jax.files import atomic_file
 from point3r_jax.versions import installed_versions
 
-# Kernels that JAX does not promise to know in another version. None is asked.
-_CUSTOM_CALLS = ("__cudnn$fmhaSoftmax",)
+# What JAX does not promise to know in another version. None is asked.
+_CUSTOM_CALLS = ("__cudnn$fmhaSoftmax", "LayoutConstraint")
 
 # Kernels that are compiled with the help of a library, and what tells XLA where
 # it is when it is imported, as it is for a program that is traced.

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from point3r_jax import lowered_programs, stream_programs
 from point3r_jax.lowered_programs import lower_once
@@ -66,6 +67,17 @@ def test_what_was_read_does_the_same_with_donated_buffers(folder):
     got = Adder().lower().compile()(np.float32(2), state, jnp.ones(2))
     chex.assert_trees_all_equal(got, {"sum": np.arange(3) + 2, "nothing": None})
     assert state["sum"].is_deleted()
+
+
+def test_what_asks_for_layouts_is_kept(folder):
+  def turn(x):
+    return with_layout_constraint(2 * x, Layout((0, 1)))
+
+  x = jnp.arange(6.0).reshape(2, 3)
+  for _ in range(2):
+    lowered = lower_once(turn, (x,), name="turn", result=x)
+    np.testing.assert_array_equal(lowered.compile()(x), 2 * x)
+  assert len(files(folder)) == 1
 
 
 @pytest.mark.parametrize(
