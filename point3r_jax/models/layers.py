@@ -232,17 +232,10 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-  """Multi-head cross-attention; `params` may join keys' and values' maps.
-
-  Attributes:
-    heads: of which there are.
-    compute: precision and kernels.
-    alike: whether the context's tokens are alike: then the first is key enough.
-  """
+  """Multi-head cross-attention; `params` may join keys' and values' maps."""
 
   heads: int
   compute: Compute
-  alike: bool = False
 
   @nn.compact
   def __call__(
@@ -289,8 +282,6 @@ class CrossAttention(nn.Module):
       )
     query = apply_rotary(query, rotary)
     key = apply_rotary(key, context_rotary)
-    if self.alike:
-      key, value = key[:, :1], value[:, :1]
     y = compute.attend(query, key, value, length, context_length, value_head)
     return _projection(compute, width)(y.reshape(x.shape))
 
@@ -334,14 +325,12 @@ class DecoderBlock(nn.Module):
     mlp_ratio: hidden channels of the MLP over the block's.
     compute: precision and kernels.
     alike: whether all tokens of `x` are alike, see `SelfAttention`.
-    alike_context: whether those of the context are, see `CrossAttention`.
   """
 
   heads: int
   mlp_ratio: int
   compute: Compute
   alike: bool = False
-  alike_context: bool = False
 
   @nn.compact
   def __call__(
@@ -374,10 +363,7 @@ class DecoderBlock(nn.Module):
       self.heads, self.compute, self.alike, name="self_attention"
     )
     x = x + within(_norm(self, "self_norm", x), rotary, length, products)
-    across = CrossAttention(
-      self.heads, self.compute, self.alike_context, name="cross_attention"
-    )
-    x = x + across(
+    x = x + CrossAttention(self.heads, self.compute, name="cross_attention")(
       _norm(self, "cross_norm", x),
       _norm(self, "context_norm", context),
       rotary,

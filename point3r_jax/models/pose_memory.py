@@ -33,9 +33,7 @@ class PoseMemory(nn.Module):
     sizes = (self.config.decoder_heads, self.config.mlp_ratio, self.compute)
     block = self.compute.remat_block(DecoderBlock)
     self.read_blocks = [block(*sizes, alike=True) for _ in range(_DEPTH)]
-    self.write_blocks = [
-      block(*sizes, alike_context=True) for _ in range(_DEPTH)
-    ]
+    self.write_blocks = [block(*sizes) for _ in range(_DEPTH)]
 
   def summarise(self, tokens: jax.Array) -> jax.Array:
     """Makes the frame's half of what the slots are asked for, and rewritten by.
@@ -79,8 +77,7 @@ class PoseMemory(nn.Module):
     Returns:
       The new slots, (B, S, 2D) float32.
     """
-    context = jnp.concatenate([summary[:, 0], pose_token], axis=-1)
-    context = self.compute.fill_block(context)
+    context = jnp.concatenate([summary[:, 0], pose_token], axis=-1)[:, None]
     for block in self.write_blocks:
       slots = block(slots, context)
     return slots
