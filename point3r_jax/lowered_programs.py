@@ -24,16 +24,12 @@ from point3r_jax.versions import installed_versions
 # What JAX does not promise to know in another version. None is asked.
 _CUSTOM_CALLS = ("__cudnn$fmhaSoftmax", "LayoutConstraint")
 
-# Kernels that are compiled with the help of a library, and what tells XLA where
-# it is when it is imported, as it is for a program that is traced.
-_LIBRARIES = {b"mosaic_gpu": "jax.experimental.mosaic.gpu"}
-
 
 def lower_once(
   program: Callable[..., Any],
   operands: Sequence[Any],
   *,
-  name: str,
+  name: str | None,
   result: Any,
   donate: Sequence[int] = (),
 ) -> jax.stages.Lowered:
@@ -45,9 +41,10 @@ def lower_once(
 
   Args:
     program: (*operands) → result; determined by its name, this package's files,
-      JAX's settings and versions, and the kind of device. For one device.
+      JAX's settings and versions, and the kind of device.
     operands: trees of arrays, or their shapes.
     name: which program of this package it is, with all that it was made for.
+      None: it is not kept, as none for several devices can be.
     result: a tree of the result's structure.
     donate: which operands' buffers the result may take.
 
@@ -56,7 +53,7 @@ def lower_once(
   """
   jit = functools.partial(jax.jit, donate_argnums=donate, keep_unused=True)
   folder = _folder()
-  if folder is None:
+  if name is None or folder is None:
     return jit(program).lower(*operands)
   path = folder / f"point3r-{_fingerprint(name, operands)}.lowered"
   exported = _read(path)
@@ -137,9 +134,10 @@ def _read(path: Path) -> export.Exported | None:
   if hashlib.sha256(program).digest() != digest:
     _warn("read", path, "it is damaged")
     return None
-  for kernel, library in _LIBRARIES.items():
-    if kernel in program:
-      importlib.import_module(library)
+  # Where the library is that these kernels are compiled with, XLA learns when
+  # this is imported, as it is where a program is traced.
+  if b"mosaic_gpu" in program:
+    importlib.import_module("jax.experimental.mosaic.gpu")
   return export.deserialize(bytearray(program))
 
 
@@ -155,7 +153,8 @@ def _write(path: Path, program: bytes) -> None:
 
 def _warn(what: str, path: Path, reason: object) -> None:
   logging.getLogger(__name__).warning(
-    "could not %s the lowered program %s, which is lowered anew: %s",
+    "could not %s the lowered program %s, without which starting takes longer: "
+    "%s",
     what,
     path,
     reason,

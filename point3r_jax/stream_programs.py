@@ -342,23 +342,22 @@ class StreamPrograms:
     """Lowers (params, …) → …; each device takes its own streams of it.
 
     All but the parameters, which come first, and the result have a leading axis
-    of B. Unused operands are kept. See `lower_once` for the arguments.
+    of B. See `lower_once` for the arguments.
     """
-    if self.split is None:
-      made_for = (self._config, self._options, self._image_shape)
-      name = repr((*made_for, self._look_ahead, key))
-      return lower_once(
-        program, operands, name=name, result=result, donate=donate
+    made_for = (self._config, self._options, self._image_shape)
+    name = repr((*made_for, self._look_ahead, key))
+    if self.split:
+      name = None
+      program = jax.shard_map(
+        program,
+        mesh=self.split.mesh,
+        in_specs=(PartitionSpec(), *(len(operands) - 1) * [self.split.spec]),
+        out_specs=self.split.spec,
+        check_vma=False,
       )
-    divided = jax.shard_map(
-      program,
-      mesh=self.split.mesh,
-      in_specs=(PartitionSpec(), *(len(operands) - 1) * [self.split.spec]),
-      out_specs=self.split.spec,
-      check_vma=False,
+    return lower_once(
+      program, operands, name=name, result=result, donate=donate
     )
-    jitted = jax.jit(divided, donate_argnums=donate, keep_unused=True)
-    return jitted.lower(*operands)
 
   def _submit(
     self,

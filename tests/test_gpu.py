@@ -179,7 +179,7 @@ def test_new_pointers_wait_for_the_world_points_alone():
 
 
 _OPEN_A_STREAM = """
-import jax, numpy as np, point3r_jax as p3r
+import numpy as np, point3r_jax as p3r
 config = p3r.preset("small")
 stream = p3r.Stream(config, p3r.init_params(config), (96, 128))
 images = np.random.default_rng(0).integers(0, 256, (3, 96, 128, 3), np.uint8)
