@@ -161,7 +161,12 @@ def measure(flags: argparse.Namespace, folder: pathlib.Path) -> dict:
 
   def read() -> FrameSource:
     size = flags.size or config.image_size
-    return open_frames([str(video)], size=size, max_frames=flags.frames)
+    return open_frames(
+      [str(video)],
+      size=size,
+      max_frames=flags.frames,
+      on_device=jax.default_backend() == "gpu",
+    )
 
   image_size = read().image_size
   stream = Stream(config, params, image_size, precision=precision)

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image
 
 from point3r_jax.data import images
 from point3r_jax.data import paths as paths_lib
 from point3r_jax.data.prefetch import ordered_map
 from point3r_jax.data.reading import Lost, RawFrame, clip, select
+from point3r_jax.data.resampling import DeviceResize
 from point3r_jax.data.video import VideoFile
 from point3r_jax.errors import InputError
 
@@ -114,11 +114,12 @@ class FrameSource:
       `image_size`.
   """
 
-  def __init__(self, reader: Reader, size: int, crop: bool):
+  def __init__(self, reader: Reader, size: int, crop: bool, on_device: bool):
     """Reads the first image; see `open_frames`."""
     self._reader = reader
     self._size = size
     self._crop = crop
+    self._resize = DeviceResize() if on_device else images.resize
     first = reader.first()
     self.image_size = self._own_size(first.source, first.load())
     self.expected_frames = reader.expected_frames
@@ -142,15 +143,19 @@ class FrameSource:
     image = raw.load()
     mixed = self._own_size(raw.source, image) != self.image_size
     pixels, preparation = images.prepare_image(
-      image, self._size, self._crop, self.image_size if mixed else None
+      image,
+      self._size,
+      self._crop,
+      self.image_size if mixed else None,
+      self._resize,
     )
     frame = Frame(pixels, preparation, raw.source, raw.index, raw.timestamp)
     return frame, mixed
 
-  def _own_size(self, name: str, image: Image.Image) -> tuple[int, int]:
+  def _own_size(self, name: str, image: images.AnyImage) -> tuple[int, int]:
     """The network size that the image would have alone."""
     try:
-      return images.network_size((image.height, image.width), self._size)
+      return images.network_size(images.image_size(image), self._size)
     except InputError as error:
       raise InputError(f"{name}: {error}") from None
 
@@ -165,6 +170,7 @@ def open_frames(
   end: int | None = None,
   max_frames: int | None = None,
   shuffle_seed: int | None = None,
+  on_device: bool = False,
 ) -> FrameSource:
   """Opens a video, or the images of a folder, a glob or a list.
 
@@ -178,6 +184,8 @@ def open_frames(
     max_frames: How many frames to take at most.
     shuffle_seed: Puts the frames so chosen into a random order that depends
       on the seed alone. Not for videos.
+    on_device: Whether JAX's default device scales the frames; see
+      `resampling.DeviceResize`. They come out the same.
 
   Returns:
     The frames, to be iterated over as often as needed.
@@ -190,10 +198,11 @@ def open_frames(
   wanted = select(start, end, stride, max_frames)
   files = paths_lib.find_files(inputs)
   if not paths_lib.is_video(files[0]):
-    return FrameSource(ImageFiles(files, wanted, shuffle_seed), size, crop)
+    reader = ImageFiles(files, wanted, shuffle_seed)
+    return FrameSource(reader, size, crop, on_device)
   if shuffle_seed is not None:
     raise InputError(
       f"{files[0]}: a video cannot be shuffled; extract its frames to a folder"
       " first"
     )
-  return FrameSource(VideoFile(files[0], wanted), size, crop)
+  return FrameSource(VideoFile(files[0], wanted), size, crop, on_device)

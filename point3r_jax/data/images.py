@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
@@ -24,8 +25,13 @@ PATCH = 16
 
 HEIF_EXTENSIONS = (".heic", ".heif")
 
-_LANCZOS = Image.Resampling.LANCZOS
+LANCZOS = Image.Resampling.LANCZOS
 _BICUBIC = Image.Resampling.BICUBIC
+
+# Of Pillow, or uint8 (H, W, 3) pixels.
+AnyImage = Image.Image | np.ndarray
+# (RGB image, (height, width), filter) → the image in this size, as of Pillow.
+Resize = Callable[[AnyImage, tuple[int, int], Image.Resampling], AnyImage]
 
 # More elongated images would be blown up to absurd sizes before the crop.
 _MAX_ELONGATION = 64
@@ -133,6 +139,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
   return image.convert("RGB")
 
 
+def image_size(image: AnyImage) -> tuple[int, int]:
+  """Returns (height, width)."""
+  if isinstance(image, np.ndarray):
+    return image.shape[:2]
+  return image.height, image.width
+
+
+def resize(
+  image: AnyImage, size: tuple[int, int], resampling: Image.Resampling
+) -> Image.Image:
+  """Scales an RGB image to (height, width) with Pillow."""
+  if isinstance(image, np.ndarray):
+    image = Image.fromarray(image)
+  return image.resize(size[::-1], resampling)
+
+
 def check_size(size: int) -> None:
   """Raises `InputError` unless images can be prepared at this size."""
   if size < PATCH or size % PATCH:
@@ -149,10 +171,11 @@ def network_size(source_size: tuple[int, int], size: int) -> tuple[int, int]:
 
 
 def prepare_image(
-  image: Image.Image | np.ndarray,
+  image: AnyImage,
   size: int = 512,
   crop: bool = True,
   network_size: tuple[int, int] | None = None,
+  resize: Resize = resize,
 ) -> tuple[np.ndarray, Preparation]:
   """Scales and crops an image to a network input.
 
@@ -169,6 +192,7 @@ def prepare_image(
     network_size: A (height, width) to conform to instead: the image is scaled
       to cover it and cropped around the centre. For images that join a stream
       of another shape; `size` and `crop` play no role.
+    resize: What scales.
 
   Returns:
     The uint8 (H, W, 3) pixels, and how they were made.
@@ -176,24 +200,22 @@ def prepare_image(
   Raises:
     InputError: The image is too elongated, or a size is not a multiple of 16.
   """
-  if isinstance(image, np.ndarray):
-    image = Image.fromarray(image)
-  if image.mode != "RGB":
+  if isinstance(image, Image.Image) and image.mode != "RGB":
     image = to_rgb(image)
-  source = (image.height, image.width)
+  source = image_size(image)
   if network_size is not None:
     resized, target = _covering_size(source, network_size), network_size
   else:
     resized = _resized_size(source, size)
     target = _network_size(resized, size)
   down = max(source) > max(resized)
-  image = _resize(image, resized, _LANCZOS if down else _BICUBIC)
+  image = resize(image, resized, LANCZOS if down else _BICUBIC)
   if network_size is None and not crop:
-    image, resized = _resize(image, target, _LANCZOS), target
+    image, resized = resize(image, target, LANCZOS), target
   x = resized[1] // 2 - target[1] // 2
   y = resized[0] // 2 - target[0] // 2
-  image = image.crop((x, y, x + target[1], y + target[0]))
-  return np.array(image), Preparation(source, resized, (x, y), target)
+  pixels = np.asarray(image)[y : y + target[0], x : x + target[1]].copy()
+  return pixels, Preparation(source, resized, (x, y), target)
 
 
 def _register_heif() -> None:
@@ -222,12 +244,6 @@ def _grey16_to_rgb(image: Image.Image) -> Image.Image:
     raise InputError("grey images of more than 16 bits are not supported")
   grey = np.round(grey / 257).astype(np.uint8)
   return Image.fromarray(grey).convert("RGB")
-
-
-def _resize(
-  image: Image.Image, size: tuple[int, int], filter_: Image.Resampling
-) -> Image.Image:
-  return image.resize(size[::-1], filter_)
 
 
 def _resized_size(source: tuple[int, int], size: int) -> tuple[int, int]:

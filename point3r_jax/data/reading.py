@@ -7,8 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-from PIL import Image
-
+from point3r_jax.data.images import AnyImage
 from point3r_jax.errors import InputError
 
 
@@ -22,7 +21,7 @@ class RawFrame(NamedTuple):
     timestamp: Seconds; None for an image file.
   """
 
-  load: Callable[[], Image.Image]
+  load: Callable[[], AnyImage]
   source: str
   index: int
   timestamp: float | None

@@ -13,8 +13,10 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import av
+import numpy as np
 from PIL import Image
 
+from point3r_jax.data.images import LANCZOS, AnyImage, resize
 from point3r_jax.data.reading import Lost, RawFrame, clip
 from point3r_jax.errors import InputError, one_line
 
@@ -243,19 +245,20 @@ def _display(frame: av.VideoFrame, stream: av.VideoStream) -> _Display:
   return _Display(aspect, None if matrix is None else bytes(matrix))
 
 
-def _to_image(frame: av.VideoFrame, display: _Display) -> Image.Image:
+def _to_image(frame: av.VideoFrame, display: _Display) -> AnyImage:
   """Converts a frame to RGB with square pixels, turned as it is displayed."""
-  image = Image.fromarray(frame.to_ndarray(format="rgb24"))
-  aspect = display.pixel_aspect
+  image, aspect = frame.to_ndarray(format="rgb24"), display.pixel_aspect
   if abs(aspect - 1) > 0.01:  # Less is rounding by the encoder.
-    width = round(image.width * max(aspect, 1))
-    height = round(image.height / min(aspect, 1))
-    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    height, width = image.shape[:2]
+    size = round(height / min(aspect, 1)), round(width * max(aspect, 1))
+    image = resize(image, size, LANCZOS)
   return _turned(image, display.matrix) if display.matrix else image
 
 
-def _turned(image: Image.Image, matrix: bytes) -> Image.Image:
+def _turned(image: AnyImage, matrix: bytes) -> Image.Image:
   """Applies a display matrix: x' = a x + c y, y' = b x + d y, y downwards."""
+  if isinstance(image, np.ndarray):
+    image = Image.fromarray(image)
   a, b, _, c, d = struct.unpack("=5i", matrix[:20])
   if abs(a) < abs(b):
     image = image.transpose(Image.Transpose.TRANSPOSE)

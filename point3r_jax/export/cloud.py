@@ -19,6 +19,10 @@ _PARENT_SHIFT = _ONES * (_HALF // 2)
 
 _AUTOMATIC_CELLS = 500
 
+# Voxels averaged at once. What is larger than caches comes from the operating
+# system anew each time, which takes longer than to compute with it.
+_BLOCK = 1 << 15
+
 _logger = logging.getLogger(__name__)
 
 
@@ -89,18 +93,24 @@ def _average(
   # The stable kind profits from the ascending runs of keys along an image row.
   order = np.argsort(key, kind="stable")
   key = key[order]
-  first = np.flatnonzero(np.diff(key, prepend=key[0] - 1))
-  if count is None:
-    total = np.diff(first, append=len(key))
-  else:
-    count = count[order]
-    total = np.add.reduceat(count, first)
-  means = []
-  for channel in channels:
-    ordered = channel[order] if count is None else channel[order] * count
-    sums = np.add.reduceat(ordered, first, dtype=np.float64)
-    means.append((sums / total).astype(np.float32))
-  return _Voxels(key[first], total.astype(np.int64), means)
+  first = np.concatenate([[0], np.flatnonzero(key[1:] != key[:-1]) + 1])
+  ends = np.append(first[1:], len(key))
+  total = np.empty(len(first), np.int64)
+  means = [np.empty(len(first), np.float32) for _ in channels]
+  for start in range(0, len(first), _BLOCK):
+    block = slice(start, start + _BLOCK)
+    begin, stop = first[start], ends[block][-1]
+    rows, within = order[begin:stop], first[block] - begin
+    if count is None:
+      weight, total[block] = None, ends[block] - first[block]
+    else:
+      weight = count[rows]
+      total[block] = np.add.reduceat(weight, within)
+    for mean, channel in zip(means, channels, strict=True):
+      values = channel[rows] if weight is None else channel[rows] * weight
+      sums = np.add.reduceat(values, within, dtype=np.float64)
+      mean[block] = sums / total[block]
+  return _Voxels(key[first], total, means)
 
 
 def _fold(
@@ -162,11 +172,6 @@ def _fold(
   return _Voxels(key, count, means)
 
 
-def _select(rows: np.ndarray, mask: np.ndarray) -> np.ndarray:
-  """Columns of (R, N) where the mask (N,) is true; no copy if all are."""
-  return rows if mask.all() else rows[:, mask]
-
-
 def _pack(cells: np.ndarray) -> np.ndarray:
   """Keys (N,) of voxels with integer cell indices (3, N)."""
   x, y, z = cells + _HALF
@@ -190,18 +195,26 @@ def _average_frames(
   frames: Sequence[tuple[np.ndarray, np.ndarray]], voxel_size: float
 ) -> _Averaged:
   """Averages the points and colours (N, 3) of frames."""
-  channels = np.empty((6, sum(len(points) for points, _ in frames)), np.float32)
-  np.concatenate([points.T for points, _ in frames], axis=1, out=channels[:3])
-  np.concatenate([colors.T for _, colors in frames], axis=1, out=channels[3:])
-  finite = np.isfinite(channels[:3]).all(axis=0)
-  channels = _select(channels, finite)
-  cells = np.floor(channels[:3].astype(np.float64) / voxel_size)
-  inside = ((cells >= -_HALF) & (cells < _HALF)).all(axis=0)
-  key = _pack(_select(cells, inside).astype(np.int64))
+  size = sum(len(points) for points, _ in frames)
+  key = np.empty(size, np.int64)
+  positions = np.empty((3, size), np.float32)
+  hues = np.empty((3, size), np.uint8)
+  end = non_finite = 0
+  for points, colors in frames:
+    points, colors = (np.ascontiguousarray(x.T) for x in (points, colors))
+    cells = np.floor(points.astype(np.float64) / voxel_size)
+    inside = ((cells >= -_HALF) & (cells < _HALF)).all(axis=0)
+    start, end = end, end + np.count_nonzero(inside)
+    if end - start < len(inside):
+      non_finite += np.count_nonzero(~np.isfinite(points).all(axis=0))
+      cells, points, colors = (x[:, inside] for x in (cells, points, colors))
+    key[start:end] = _pack(cells.astype(np.int64))
+    positions[:, start:end], hues[:, start:end] = points, colors
+  channels = [*positions[:, :end], *hues[:, :end]]
   return _Averaged(
-    _average(key, _select(channels, inside)) if len(key) else None,
-    int(np.count_nonzero(~finite)),
-    int(np.count_nonzero(~inside)),
+    _average(key[:end], channels) if end else None,
+    int(non_finite),
+    int(size - end - non_finite),
   )
 
 
@@ -256,7 +269,7 @@ class VoxelCloud:
         the origin never merge). Each takes 40 bytes, up to 150 for the moment
         in which the voxels double.
       buffer_points: Points buffered before they are sorted into the cloud.
-        Each takes 15 bytes, and 140 more while it is sorted.
+        Each takes 15 bytes, and up to 100 more while it is sorted.
       threads: How many buffers are sorted side by side, and in how many parts
         one is taken into the cloud: NumPy does both without holding the
         interpreter. None: half the processors, at least 2 and at most 8.
