@@ -19,6 +19,7 @@ import jax
 from jax import export
 
 from point3r_jax.files import atomic_file
+from point3r_jax.kernels_ahead import compile_kernels
 from point3r_jax.versions import installed_versions
 
 # What JAX does not promise to know in another version. None is asked.
@@ -49,16 +50,17 @@ def lower_once(
     donate: which operands' buffers the result may take.
 
   Returns:
-    What `jax.jit(program).lower(*operands)` does; it keeps unused operands.
+    What `jax.jit(program).lower(*operands)` does, to be compiled; it keeps
+    unused operands. Unless it was read, its kernels are being compiled.
   """
   jit = functools.partial(jax.jit, donate_argnums=donate, keep_unused=True)
   folder = _folder()
   if name is None or folder is None:
-    return jit(program).lower(*operands)
+    return _with_kernels(jit(program).lower(*operands))
   path = folder / f"point3r-{_fingerprint(name, operands)}.lowered"
-  exported = _read(path)
-  if exported is None:
-    exported = _export(program, operands)
+  read = _read(path)
+  exported = read or _export(program, operands)
+  if not read:
     _write(path, exported.serialize())
 
   structure = jax.tree.structure(result)
@@ -68,7 +70,15 @@ def lower_once(
     leaves = exported.call(*jax.tree.leaves(operands))
     return jax.tree.unflatten(structure, leaves)
 
-  return jit(run).lower(*operands)
+  lowered = jit(run).lower(*operands)
+  # What another process lowered it has most likely compiled, too.
+  return lowered if read else _with_kernels(lowered)
+
+
+def _with_kernels(lowered: jax.stages.Lowered) -> jax.stages.Lowered:
+  """Has a program's kernels compiled in the background."""
+  compile_kernels(lowered)
+  return lowered
 
 
 def _folder() -> Path | None:

@@ -13,6 +13,7 @@ import pytest
 
 import point3r_jax as p3r
 from point3r_jax import stream_programs, streaming
+from point3r_jax.kernels_ahead import compile_kernels, find_kernels
 from point3r_jax.models.attention import attention
 from point3r_jax.params import prepare_params
 from point3r_jax.training.hlo import Program, type_shape
@@ -89,6 +90,26 @@ def test_hopper_attention_takes_lengths_of_both(tokens, head_dim):
       expected[sample, :length].astype(np.float32),
       atol=0.03,
     )
+
+
+def test_kernels_compiled_ahead_are_those_of_the_program():
+  def program(query, key, length):
+    return attention(
+      query, key, key, key_length=length, implementation="hopper"
+    )
+
+  query, key = (
+    jax.random.normal(jax.random.key(tokens), (1, tokens, 4, 64), jnp.bfloat16)
+    for tokens in (200, 328)
+  )
+  operands = query, key, jnp.array([300], jnp.int32)
+  lowered = jax.jit(program).lower(*operands)
+  (kernel,) = find_kernels(lowered)
+  (future,) = compile_kernels(lowered)
+  full = jnp.array([200], jnp.int32), operands[2], query, key, key
+  assert [x.shape for x in full] == [x.shape for x in kernel.operands]
+  (alone,) = future.result()(*full)
+  chex.assert_trees_all_equal(alone, lowered.compile()(*operands))
 
 
 @pytest.mark.parametrize(

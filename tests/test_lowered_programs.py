@@ -61,6 +61,19 @@ def test_a_program_is_lowered_once(folder):
   assert again.as_text() == lowered.as_text()
 
 
+def test_kernels_are_compiled_ahead_of_what_is_lowered_anew(
+  folder, monkeypatch
+):
+  ahead = []
+  monkeypatch.setattr(lowered_programs, "compile_kernels", ahead.append)
+  lowered = Adder().lower()
+  assert ahead == [lowered]
+  Adder().lower()  # Reads it.
+  assert ahead == [lowered]
+  unnamed = Adder().lower(name=None)
+  assert ahead == [lowered, unnamed]
+
+
 def test_what_was_read_does_the_same_with_donated_buffers(folder):
   for _ in range(2):
     state = {"sum": jnp.arange(3.0), "nothing": None}
