@@ -23,6 +23,7 @@ from point3r_jax.geometry import (
   intrinsics_matrix,
   pose_to_matrix,
 )
+from point3r_jax.quick_turns import quick_turns
 from point3r_jax.stream import Stream
 from point3r_jax.streaming import Prediction
 
@@ -176,6 +177,7 @@ def reconstruct(
       yield frame.image
 
   with (
+    quick_turns,
     contextlib.closing(writer),
     contextlib.closing(prefetch(frames, 2 * stream.look_ahead)) as ready,
   ):

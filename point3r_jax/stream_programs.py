@@ -5,8 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import logging
-import sys
-import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -28,6 +26,7 @@ from point3r_jax.gpu_options import (
 from point3r_jax.lowered_programs import lower_once
 from point3r_jax.memory import PointerMemory, grow, init_memory
 from point3r_jax.params import JoinedParams, join_params
+from point3r_jax.quick_turns import quick_turns
 from point3r_jax.streaming import (
   Prediction,
   StepOptions,
@@ -92,34 +91,6 @@ _STEP_OPTIONS = {
 # cuDNN wants the kernels of 3×3 convolutions with their output channels first:
 # otherwise XLA transposes them every frame.
 _KERNEL_LAYOUT = Layout((3, 0, 1, 2))
-
-
-class _QuickTurns:
-  """While entered, threads hand the interpreter's lock on after 0.5 ms.
-
-  Tracing a program takes it for seconds. The thread of a live stream asks for
-  it a dozen times a frame, and would usually wait for 5 ms each time.
-  """
-
-  def __init__(self):
-    self._lock = threading.Lock()
-    self._inside = 0
-
-  def __enter__(self):
-    with self._lock:
-      if not self._inside:
-        self._before = sys.getswitchinterval()
-        sys.setswitchinterval(min(self._before, 5e-4))
-      self._inside += 1
-
-  def __exit__(self, *_):
-    with self._lock:
-      self._inside -= 1
-      if not self._inside:
-        sys.setswitchinterval(self._before)
-
-
-_quick_turns = _QuickTurns()
 
 
 def _warn_of_failure(
@@ -375,7 +346,7 @@ class StreamPrograms:
 
     def trace():
       started = time.perf_counter()
-      with _quick_turns:
+      with quick_turns:
         return lower(), time.perf_counter() - started
 
     def compile_traced(traced):
@@ -385,7 +356,7 @@ class StreamPrograms:
       if jax.default_backend() == "gpu":
         devices = self.split.mesh.size if self.split else 1
         options = suit_devices(gpu_options, devices)
-      with _quick_turns:
+      with quick_turns:
         program = lowered.compile(options)
       if name is not None:
         elapsed += time.perf_counter() - started

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import time
 
 import jax
@@ -33,6 +34,7 @@ class Fake:
     empty = empty_prediction(StepOptions(), (1, *SIZE, 3))
     for number, image in enumerate(images):
       assert (image == number).all()
+      assert sys.getswitchinterval() < 1e-3  # The device is fed in time.
       depth = np.nan if number == self.broken else number + 1.0
       points = np.zeros((1, *SIZE, 3), np.float32) + np.float32([0, 0, depth])
       pose = np.float32([[number, 0, 0, 1, 0, 0, 0]])

@@ -1,7 +1,6 @@
 """What a stream compiles: how often, beside a live stream, on how many rows."""
 
 import contextlib
-import sys
 import threading
 
 import chex
@@ -19,18 +18,6 @@ from tests.streams import FRAMES, images, make_stream
 pytestmark = pytest.mark.usefixtures("shared_programs", "finished_streams")
 
 
-def test_while_programs_are_made_threads_have_quick_turns(monkeypatch):
-  seconds = [5e-3]
-  monkeypatch.setattr(sys, "getswitchinterval", lambda: seconds[-1])
-  monkeypatch.setattr(sys, "setswitchinterval", seconds.append)
-  turns = stream_programs._QuickTurns()
-  with turns:
-    with turns:
-      assert seconds == [5e-3, 5e-4]
-    assert seconds == [5e-3, 5e-4]
-  assert seconds == [5e-3, 5e-4, 5e-3]
-
-
 def test_quick_turns_end_with_a_compilation_that_fails(monkeypatch):
   events = []
 
@@ -42,7 +29,7 @@ def test_quick_turns_end_with_a_compilation_that_fails(monkeypatch):
     finally:
       events.append("leave")
 
-  monkeypatch.setattr(stream_programs, "_quick_turns", turns())
+  monkeypatch.setattr(stream_programs, "quick_turns", turns())
   programs = stream_programs.StreamPrograms(
     micro.CONFIG, p3r.StepOptions(), micro.IMAGE_SIZE, 1, 1
   )
