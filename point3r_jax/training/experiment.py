@@ -235,6 +235,7 @@ class Experiment:
     platform = self.mesh.devices.flat[0].platform
     return dataclasses.replace(
       make_step_config(self.config),
+      rules=self.rules,
       unroll_layers=unroll in ("always", platform),
     )
 

@@ -7,6 +7,7 @@ one of the axes of size 1 that is plain data parallelism, or fully sharded.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
@@ -84,40 +85,104 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def on_each_part(
   function: Callable[[Any, Any], tuple[Any, Any]],
+  cast: Callable[[Any], Any] = lambda params: params,
+  rules: Rules = RULES,
 ) -> Callable[[Any, Any], tuple[Any, Any]]:
   """Lets every device of the mesh in use take its part of a batch by itself.
 
   So nothing of a sequence crosses devices, whatever the compiler thinks best.
   Parameters are gathered once, and not anew for each layer and frame; their
-  gradients are added up on each device and summed over devices once.
+  gradients are added up on each device and summed over devices once, where a
+  parameter is split each part on the device that has it.
 
   Args:
     function: of parameters and arrays (B, …), to a memory of B samples and
       predictions (T, B, …).
+    cast: casts parameters, a nested dictionary, before they are gathered. Their
+      gradients are summed in the types that they had.
+    rules: where parameters live.
 
   Returns:
-    The same function of the whole batch; without a mesh the function itself.
+    The same function of parameters that are not cast, and of the whole batch;
+    without a mesh of no more than that.
   """
-  if jax.sharding.get_abstract_mesh().empty:
-    return function
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return lambda params, arrays: function(cast(params), arrays)
   split = PartitionSpec(AXES)
-  return jax.shard_map(
-    function,
-    in_specs=(PartitionSpec(), split),
-    out_specs=(split, PartitionSpec(None, AXES)),
-    check_vma=False,
-  )
+
+  def run(params, arrays):
+    specs = _param_specs(mesh.shape["fsdp"], params, rules)
+    wanted = jax.eval_shape(cast, params)
+
+    def run_part(params, arrays):
+      params = jax.tree.map(
+        lambda x, spec, like: _gather(x, spec, like.dtype),
+        *(params, specs, wanted),
+      )
+      return function(params, arrays)
+
+    return jax.shard_map(
+      run_part,
+      in_specs=(specs, split),
+      out_specs=(split, PartitionSpec(None, AXES)),
+      check_vma=False,
+    )(params, arrays)
+
+  return run
+
+
+def _gather(x: jax.Array, spec: PartitionSpec, dtype: Any) -> jax.Array:
+  """Returns a whole parameter in a type, within `jax.shard_map`.
+
+  What is sent is of that type, but gradients are summed in the parameter's.
+  """
+  if "fsdp" not in spec:
+    return x.astype(dtype)
+  axis, before = spec.index("fsdp"), x.dtype
+
+  @jax.custom_vjp
+  def gather(x):
+    return jax.lax.all_gather(x.astype(dtype), "fsdp", axis=axis, tiled=True)
+
+  def backward(_, gradient):
+    gradient = gradient.astype(before)
+    return (
+      jax.lax.psum_scatter(
+        gradient, "fsdp", scatter_dimension=axis, tiled=True
+      ),
+    )
+
+  gather.defvjp(lambda x: (gather(x), None), backward)
+  return gather(x)
 
 
 def _spec(shape: tuple[int, ...], devices: int) -> PartitionSpec:
-  """Splits the largest dimension that divides; small arrays are not split."""
+  """Splits the first dimension that divides; small arrays are not split.
+
+  Parts along the first one are what collectives send and receive; for others
+  arrays are turned around before and after.
+  """
   dimensions = [i for i, size in enumerate(shape) if size % devices == 0]
   if devices == 1 or np.prod(shape) < _MIN_SIZE or not dimensions:
     return PartitionSpec()
-  largest = max(dimensions, key=lambda i: shape[i])
-  return PartitionSpec(
-    *["fsdp" if i == largest else None for i in range(largest + 1)]
-  )
+  return PartitionSpec(*dimensions[0] * [None], "fsdp")
+
+
+def _param_specs(devices: int, params: Any, rules: Rules) -> Any:
+  """Returns how each parameter is split over so many devices of 'fsdp'."""
+  for _, tactic in rules:
+    if tactic not in TACTICS:
+      raise ValueError(f"unknown tactic {tactic!r}; there are {TACTICS}")
+
+  def split(path, leaf):
+    name = "/".join(entry.key for entry in path)
+    for pattern, tactic in rules:
+      if re.search(pattern, name):
+        return _spec(leaf.shape, devices if tactic == "fsdp" else 1)
+    raise ValueError(f"no sharding rule for the parameter {name}")
+
+  return jax.tree_util.tree_map_with_path(split, params)
 
 
 def param_shardings(mesh: Mesh, params: Any, rules: Rules = RULES) -> Any:
@@ -134,19 +199,8 @@ def param_shardings(mesh: Mesh, params: Any, rules: Rules = RULES) -> Any:
   Raises:
     ValueError: for an unknown tactic, or a path without a rule.
   """
-  for _, tactic in rules:
-    if tactic not in TACTICS:
-      raise ValueError(f"unknown tactic {tactic!r}; there are {TACTICS}")
-
-  def shard(path, leaf):
-    name = "/".join(entry.key for entry in path)
-    for pattern, tactic in rules:
-      if re.search(pattern, name):
-        fsdp = mesh.shape["fsdp"] if tactic == "fsdp" else 1
-        return NamedSharding(mesh, _spec(leaf.shape, fsdp))
-    raise ValueError(f"no sharding rule for the parameter {name}")
-
-  return jax.tree_util.tree_map_with_path(shard, params)
+  specs = _param_specs(mesh.shape["fsdp"], params, rules)
+  return jax.tree.map(functools.partial(NamedSharding, mesh), specs)
 
 
 def optimizer_shardings(

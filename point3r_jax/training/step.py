@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from point3r_jax.training.optimizer import (
   split_frozen,
 )
 from point3r_jax.training.rollout import RolloutOptions, rollout
-from point3r_jax.training.sharding import on_each_part
+from point3r_jax.training.sharding import RULES, Rules, on_each_part
 from point3r_jax.training.state import TrainState
 
 # The (B,) flags of a batch that decide how its samples count in the loss.
@@ -41,6 +42,7 @@ class StepConfig:
     loss: which loss.
     optimizer: the optimiser's numbers.
     steps_per_epoch: batches in an epoch.
+    rules: where parameters live on a mesh.
     unroll_layers: whether layers that are stacked in the state are written out
       one after the other: no copies into stacks, half as much time again to
       compile.
@@ -51,6 +53,7 @@ class StepConfig:
   loss: LossOptions
   optimizer: OptimizerOptions
   steps_per_epoch: int
+  rules: Rules = RULES
   unroll_layers: bool = False
 
 
@@ -65,19 +68,22 @@ def sequence_loss(
     batch: arrays with leading axes B, T (see `data.record`).
   """
 
+  options = config.rollout
+  precision = options.step.precision
+  if precision.dtype != jnp.float32 and options.step.remat is not None:
+    params = fold_norms(params)
+
   def run(params, images):
-    model, options = config.model, config.rollout
-    precision = options.step.precision
-    if precision.dtype != jnp.float32 and options.step.remat is not None:
-      params = fold_norms(params)
-    # Cast once, like autocast: gradients of frames are added up in the policy's
-    # type, become float32, and are then summed over devices.
-    params = cast_params(params, precision)
+    model = config.model
     if model.scan_layers and config.unroll_layers:
       model, params = model.replace(scan_layers=False), unstack_layers(params)
     return rollout(model, options, params, images)
 
-  memory, prediction = on_each_part(run)(params, batch["image"])
+  # Cast once, like autocast: gradients of frames are added up in the policy's
+  # type, become float32, and are then summed over devices.
+  cast = functools.partial(cast_params, precision=precision)
+  run = on_each_part(run, cast, config.rules)
+  memory, prediction = run(params, batch["image"])
   depth, intrinsics, poses = (
     batch[name].swapaxes(0, 1)
     for name in ("depth", "intrinsics", "camera_to_world")

@@ -14,7 +14,9 @@ def step_config(step=None, **rollout) -> StepConfig:
   return StepConfig(
     model=micro.SCANNED,
     rollout=RolloutOptions(
-      StepOptions(precision="float32", **(step or {})), sizes=1, **rollout
+      StepOptions(**({"precision": "float32"} | (step or {}))),
+      sizes=1,
+      **rollout,
     ),
     loss=LossOptions(),
     optimizer=OptimizerOptions(epochs=2.0, warmup_epochs=0.0, lr=1e-3),

@@ -7,12 +7,15 @@ import re
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec
 
 from point3r_jax.params import merge, param_shapes, stack_layers
 from point3r_jax.training import sharding
+from point3r_jax.training.collectives import count_collectives
 from point3r_jax.training.optimizer import split_frozen
 from point3r_jax.training.sharding import (
   batch_sharding,
@@ -43,7 +46,7 @@ def split_small_arrays(monkeypatch):
 
 
 @functools.cache
-def run(freeze, shape):
+def run(freeze, shape, config=CONFIG):
   """Returns loss, gradient and the compiled program of a mesh."""
   mesh = make_mesh(*shape, devices=jax.devices()[: shape[0] * shape[1]])
   params, batch = stack_layers(micro.params()), batches.batch(8, 2)
@@ -53,7 +56,7 @@ def run(freeze, shape):
     trained, frozen = split_frozen(params, [freeze] if freeze else [])
 
     def loss(trained):
-      return sequence_loss(CONFIG, merge(trained, frozen), batch)[0]
+      return sequence_loss(config, merge(trained, frozen), batch)[0]
 
     return jax.value_and_grad(loss)(trained)
 
@@ -94,18 +97,72 @@ def test_loss_and_gradient_are_those_of_one_device(freeze, shape):
     assert kind == "all-gather" and dimensions in sizes, (name, array)
   assert bool(moved) == (shape[1] > 1)
   assert "collective-permute" not in program
+  # Each device sums its own parts: of what is split, none is sent in full.
+  traffic = count_collectives(program).traffic
+  assert ("reduce-scatter" in traffic) == (shape[1] > 1)
+  total = sum(x.nbytes for x in jax.tree.leaves(gradient))
+  whole = traffic["all-reduce"].bytes - total / shape[1] * (shape[0] > 1)
+  assert whole < 0.1 * total if shape[1] > 1 else whole >= 0
 
 
-def test_parameters_are_split_along_their_largest_dimension():
+@pytest.mark.slow
+def test_in_bfloat16_they_differ_by_rounding():
+  """There norms are folded into linear maps, whose parts are on all devices."""
+  step = {"precision": "bfloat16", "remat": "elementwise"}
+  config = batches.step_config(step)
+  loss, gradient, _ = run(SOME, (2, 4), config)
+  single_loss, single, _ = run(SOME, (1, 1), config)
+  np.testing.assert_allclose(loss, single_loss, rtol=1e-3)
+  difference = jax.tree.map(np.subtract, gradient, single)
+  assert optax.tree.norm(difference) < 0.02 * optax.tree.norm(single)
+
+
+@pytest.mark.parametrize("rules", [sharding.RULES, [(".*", "replicate")]])
+@pytest.mark.parametrize("shape", [(2, 4), (8, 1)])
+def test_what_is_sent_is_cast_and_what_is_summed_is_not(shape, rules):
+  mesh = make_mesh(*shape)
+  kernel = np.linspace(1, 2, 64 * 32, dtype=np.float32).reshape(64, 32)
+  params = {"linear": {"kernel": kernel}}
+  arrays = np.float32([1, 2, 4, 8, 16, 32, 64, 256])
+
+  def cast(params):
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+
+  def function(params, arrays):
+    kernel = params["linear"]["kernel"]
+    assert kernel.dtype == jnp.bfloat16 and kernel.shape == (64, 32)
+    total = jnp.sum(kernel.astype(jnp.float32)) * arrays
+    return total, total[None]
+
+  def loss(params):
+    run = sharding.on_each_part(function, cast, rules)
+    memory, predictions = run(params, arrays)
+    return jnp.sum(memory) + jnp.sum(predictions)
+
+  with jax.set_mesh(mesh):
+    value, gradient = jax.value_and_grad(loss)(params)
+  rounded = kernel.astype(jnp.bfloat16).astype(np.float32)
+  # bfloat16 holds each device's gradient, but not their sum.
+  total = 2 * arrays.sum()
+  assert total != total.astype(jnp.bfloat16)
+  np.testing.assert_allclose(value, rounded.sum() * total, rtol=1e-6)
+  np.testing.assert_array_equal(
+    gradient["linear"]["kernel"], np.full((64, 32), total)
+  )
+
+
+def test_parameters_are_split_along_the_first_dimension_that_divides():
   mesh = make_mesh(2, 4)
   shapes = {
-    "wide": jax.ShapeDtypeStruct((24, 64, 256), "float32"),
+    "stack": jax.ShapeDtypeStruct((24, 64, 256), "float32"),
+    "wide": jax.ShapeDtypeStruct((6, 3, 64, 256), "float32"),
     "odd": jax.ShapeDtypeStruct((513, 1001), "float32"),
     "small": jax.ShapeDtypeStruct((8,), "float32"),
     "kept": jax.ShapeDtypeStruct((64, 256), "float32"),
   }
   specs = param_shardings(mesh, shapes, [("kept", "replicate"), (".*", "fsdp")])
   assert {name: x.spec for name, x in specs.items()} == {
+    "stack": PartitionSpec("fsdp"),
     "wide": PartitionSpec(None, None, "fsdp"),
     "odd": PartitionSpec(),
     "small": PartitionSpec(),
@@ -116,7 +173,7 @@ def test_parameters_are_split_along_their_largest_dimension():
   with pytest.raises(
     ValueError, match="no sharding rule for the parameter kept"
   ):
-    param_shardings(mesh, shapes, [("wide", "fsdp")])
+    param_shardings(mesh, shapes, [("stack|wide", "fsdp")])
 
 
 @pytest.mark.parametrize("axes", [(3, 1), (-1, 3), (0, 8), (2, 2)])
