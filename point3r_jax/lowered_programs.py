@@ -23,7 +23,11 @@ from point3r_jax.kernels_ahead import compile_kernels
 from point3r_jax.versions import installed_versions
 
 # What JAX does not promise to know in another version. None is asked.
-_CUSTOM_CALLS = ("__cudnn$fmhaSoftmax", "LayoutConstraint")
+_CUSTOM_CALLS = (
+  "__cudnn$fmhaSoftmax",
+  "__cudnn$fmhaSoftmaxBackward",
+  "LayoutConstraint",
+)
 
 
 def lower_once(
@@ -33,6 +37,7 @@ def lower_once(
   name: str | None,
   result: Any,
   donate: Sequence[int] = (),
+  out_shardings: Any = None,
 ) -> jax.stages.Lowered:
   """Lowers a program, or reads what an earlier process made of it.
 
@@ -46,24 +51,30 @@ def lower_once(
     operands: trees of arrays, or their shapes.
     name: which program of this package it is, with all that it was made for.
       None: it is not kept, as none for several devices can be.
-    result: a tree of the result's structure.
+    result: a tree of the result's structure. A leaf may stand for a tree of
+      lists, tuples and dictionaries.
     donate: which operands' buffers the result may take.
+    out_shardings: of the result, if they are to be certain ones.
 
   Returns:
     What `jax.jit(program).lower(*operands)` does, to be compiled; it keeps
     unused operands. Unless it was read, its kernels are being compiled.
   """
-  jit = functools.partial(jax.jit, donate_argnums=donate, keep_unused=True)
+  jit = functools.partial(
+    jax.jit,
+    donate_argnums=donate,
+    keep_unused=True,
+    **({} if out_shardings is None else {"out_shardings": out_shardings}),
+  )
   folder = _folder()
   if name is None or folder is None:
     return _with_kernels(jit(program).lower(*operands))
   path = folder / f"point3r-{_fingerprint(name, operands)}.lowered"
+  structure = jax.tree.structure(result)
   read = _read(path)
-  exported = read or _export(program, operands)
+  exported = read or _export(program, operands, structure)
   if not read:
     _write(path, exported.serialize())
-
-  structure = jax.tree.structure(result)
 
   # All processes compile this form, so that JAX's cache knows it.
   def run(*operands):
@@ -115,13 +126,16 @@ def _fingerprint(name: str, operands: Sequence[Any]) -> str:
 
 
 def _export(
-  program: Callable[..., Any], operands: Sequence[Any]
+  program: Callable[..., Any],
+  operands: Sequence[Any],
+  result: jax.tree_util.PyTreeDef,
 ) -> export.Exported:
-  """Exports a program as one of lists of arrays: trees are not written."""
+  """Exports a program of lists: trees of other kinds are not written."""
   leaves, structure = jax.tree.flatten(operands)
 
   def run(*leaves):
-    return jax.tree.leaves(program(*jax.tree.unflatten(structure, leaves)))
+    operands = jax.tree.unflatten(structure, leaves)
+    return result.flatten_up_to(program(*operands))
 
   unchecked = [
     export.DisabledSafetyCheck.custom_call(call) for call in _CUSTOM_CALLS

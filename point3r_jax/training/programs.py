@@ -20,6 +20,7 @@ from point3r_jax.gpu_options import (
   GRAPHS,
   suit_devices,
 )
+from point3r_jax.lowered_programs import lower_once
 from point3r_jax.params import param_shapes
 from point3r_jax.streaming import Prediction
 from point3r_jax.training.experiment import CUDA_GRAPHS, Experiment
@@ -95,17 +96,29 @@ def abstract_state(experiment: Experiment) -> TrainState:
   return experiment.maker.abstract(param_shapes(experiment.step.model))
 
 
-def lower_step(experiment: Experiment, shape: Shape) -> jax.stages.Lowered:
-  """Lowers the training step for sequences of one shape."""
+def lower_step(
+  experiment: Experiment, shape: Shape, keep: bool = False
+) -> jax.stages.Lowered:
+  """Lowers the training step for sequences of one shape.
+
+  Args:
+    experiment: the run.
+    shape: of the sequences.
+    keep: whether the next process may find it lowered, see `lower_once`: for
+      this process's own devices. What several run is not kept.
+  """
   state = abstract_state(experiment)
   shardings = jax.tree.map(lambda x: x.sharding, state)
-  step = jax.jit(
-    functools.partial(train_step, experiment.step, experiment.optimizer),
-    out_shardings=(shardings, replicated(experiment.mesh)),
-    donate_argnums=0,
-  )
+  kept = keep and experiment.mesh.size == 1
   with jax.set_mesh(experiment.mesh):
-    return step.lower(state, batch_shapes(experiment, shape))
+    return lower_once(
+      functools.partial(train_step, experiment.step, experiment.optimizer),
+      (state, batch_shapes(experiment, shape)),
+      name=repr(experiment.step) if kept else None,
+      result=(state, "metrics"),
+      donate=(0,),
+      out_shardings=(shardings, replicated(experiment.mesh)),
+    )
 
 
 def _compile_step(
@@ -120,7 +133,7 @@ def _compile_step(
     reason,
   )
   started = time.monotonic()
-  compiled = lower_step(experiment, shape).compile(
+  compiled = lower_step(experiment, shape, keep=True).compile(
     compiler_options(experiment.config.cuda_graphs, experiment.mesh.size)
   )
   _log.info(

@@ -1,0 +1,91 @@
+"""Training steps that another process lowered."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from point3r_jax import lowered_programs
+from point3r_jax.config import PRESETS
+from point3r_jax.params import stack_layers
+from point3r_jax.training import programs, step
+from point3r_jax.training.experiment import open_experiment
+from point3r_jax.training.programs import Programs
+from point3r_jax.training.sharding import batch_sharding, on_each_part
+from tests import micro
+from tests.training import batches, micro_run
+
+SHAPE = (2, *micro.IMAGE_SIZE)
+PARTS = ("camera_confidence", "world_confidence", "pose", "camera", "world")
+
+find_folder = lowered_programs._folder  # What no other test finds.
+
+
+def short_loss(config, params, batch):
+  """Has gradients, and compiles at once."""
+  del config
+
+  def run(params, images):
+    head = jax.tree.leaves(params["pose_head"])
+    square = sum(jnp.vdot(x, jnp.sin(x)) for x in head)
+    return square * jnp.mean(images / 255, axis=(1, 2, 3, 4)), images[None]
+
+  loss = jnp.mean(on_each_part(run)(params, batch["image"])[0])
+  return loss, (dict.fromkeys((*PARTS, "pointers", "overflow"), loss), None)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+  """Where JAX keeps compiled programs during a test."""
+  monkeypatch.setitem(PRESETS, "micro", micro.CONFIG)
+  monkeypatch.setattr(step, "sequence_loss", short_loss)
+  monkeypatch.setattr(lowered_programs, "_folder", find_folder)
+  before = jax.config.jax_compilation_cache_dir
+  jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+  yield tmp_path
+  jax.config.update("jax_compilation_cache_dir", before)
+  compilation_cache.reset_cache()
+
+
+def run(devices=1, lr=1e-3):
+  """Takes three steps in a program of its own; returns state and metrics."""
+  config = micro_run.get_config()
+  config.optimizer.lr = lr
+  experiment = open_experiment(config, jax.devices()[:devices])
+  state = experiment.maker.init(
+    jax.tree.map(np.asarray, stack_layers(micro.params()))
+  )
+  batch = jax.device_put(
+    batches.batch(config.batch_size, config.views),
+    batch_sharding(experiment.mesh),
+  )
+  with Programs(experiment, [SHAPE]) as steps:
+    for _ in range(3):
+      state, metrics = steps.step(state, batch)
+  return jax.device_get((state, metrics))
+
+
+def test_a_step_is_lowered_once(folder, monkeypatch):
+  jax.config.update("jax_enable_compilation_cache", False)
+  expected = run()
+  assert not list(folder.iterdir())
+  jax.config.update("jax_enable_compilation_cache", True)
+  written = run()
+
+  def unexpected(*_):
+    raise AssertionError("traced again")
+
+  monkeypatch.setattr(programs, "train_step", unexpected)
+  read = run()
+  assert len(list(folder.glob("point3r-*.lowered"))) == 1
+  chex.assert_trees_all_equal(written, expected)
+  chex.assert_trees_all_equal(read, expected)
+  with pytest.raises(AssertionError, match="traced again"):
+    run(lr=2e-3)
+
+
+def test_what_several_devices_run_is_not_kept(folder):
+  run(devices=2)
+  assert not list(folder.glob("point3r-*.lowered"))
