@@ -50,7 +50,7 @@ def lower_once(
       JAX's settings and versions, and the kind of device.
     operands: trees of arrays, or their shapes.
     name: which program of this package it is, with all that it was made for.
-      None: it is not kept, as none for several devices can be.
+      None: it is not kept.
     result: a tree of the result's structure. A leaf may stand for a tree of
       lists, tuples and dictionaries.
     donate: which operands' buffers the result may take.
@@ -120,7 +120,7 @@ def _fingerprint(name: str, operands: Sequence[Any]) -> str:
     sorted(settings.items()),
     (device.platform, device.device_kind, getattr(device, "core_count", None)),
     structure,
-    [(x.shape, x.dtype.name) for x in leaves],
+    [(x.shape, x.dtype.name, _sharding(x)) for x in leaves],
   )
   return hashlib.sha256(_sources() + repr(parts).encode()).hexdigest()[:32]
 
@@ -141,8 +141,18 @@ def _export(
     export.DisabledSafetyCheck.custom_call(call) for call in _CUSTOM_CALLS
   ]
   jitted = jax.jit(run, keep_unused=True)
-  shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+  # Not the arrays: how these are laid out is up to the program around.
+  shapes = [
+    jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(x))
+    for x in leaves
+  ]
   return export.export(jitted, disabled_checks=unchecked)(*shapes)
+
+
+def _sharding(x: Any) -> jax.sharding.Sharding | None:
+  """Returns over which devices an operand is split, if it says that."""
+  sharding = getattr(x, "sharding", None)
+  return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
 
 
 def _read(path: Path) -> export.Exported | None:

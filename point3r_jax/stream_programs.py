@@ -318,7 +318,6 @@ class StreamPrograms:
     made_for = (self._config, self._options, self._image_shape)
     name = repr((*made_for, self._look_ahead, key))
     if self.split:
-      name = None
       program = jax.shard_map(
         program,
         mesh=self.split.mesh,

@@ -154,11 +154,23 @@ def test_nothing_is_kept_without_a_local_folder(folder):
 
 
 @pytest.mark.usefixtures("own_programs", "finished_streams")
-def test_a_stream_whose_programs_were_kept_is_the_same(folder, monkeypatch):
+@pytest.mark.parametrize("devices", [None, 2])
+def test_a_stream_whose_programs_were_kept_is_the_same(
+  folder, monkeypatch, devices
+):
+  streams = devices or 1
+  options = {"batch_size": streams, "devices": jax.devices()[:streams]}
+  if devices is None:
+    del options["devices"]
+
+  def frames(number):
+    several = np.stack(streams * [images(number)], axis=1)
+    return several if streams > 1 else several[:, 0]
+
   def run():
-    stream = make_stream(look_ahead=2)
-    waited = [jax.device_get(stream(image)) for image in images(3)]
-    return [*waited, *map(jax.device_get, stream.extend(images(4)))]
+    stream = make_stream(look_ahead=2, **options)
+    waited = [jax.device_get(stream(image)) for image in frames(3)]
+    return [*waited, *map(jax.device_get, stream.extend(frames(4)))]
 
   jax.config.update("jax_enable_compilation_cache", False)
   expected = run()

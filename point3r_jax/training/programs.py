@@ -104,12 +104,12 @@ def lower_step(
   Args:
     experiment: the run.
     shape: of the sequences.
-    keep: whether the next process may find it lowered, see `lower_once`: for
-      this process's own devices. What several run is not kept.
+    keep: whether the next process may find it lowered, see `lower_once`. What
+      several processes run together is not kept.
   """
   state = abstract_state(experiment)
   shardings = jax.tree.map(lambda x: x.sharding, state)
-  kept = keep and experiment.mesh.size == 1
+  kept = keep and jax.process_count() == 1
   with jax.set_mesh(experiment.mesh):
     return lower_once(
       functools.partial(train_step, experiment.step, experiment.optimizer),

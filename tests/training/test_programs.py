@@ -67,25 +67,28 @@ def run(devices=1, lr=1e-3):
   return jax.device_get((state, metrics))
 
 
-def test_a_step_is_lowered_once(folder, monkeypatch):
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_step_is_lowered_once(folder, monkeypatch, devices):
   jax.config.update("jax_enable_compilation_cache", False)
-  expected = run()
+  expected = run(devices)
   assert not list(folder.iterdir())
   jax.config.update("jax_enable_compilation_cache", True)
-  written = run()
+  written = run(devices)
 
   def unexpected(*_):
     raise AssertionError("traced again")
 
   monkeypatch.setattr(programs, "train_step", unexpected)
-  read = run()
+  read = run(devices)
   assert len(list(folder.glob("point3r-*.lowered"))) == 1
   chex.assert_trees_all_equal(written, expected)
   chex.assert_trees_all_equal(read, expected)
   with pytest.raises(AssertionError, match="traced again"):
-    run(lr=2e-3)
+    run(devices, lr=2e-3)
 
 
-def test_what_several_devices_run_is_not_kept(folder):
-  run(devices=2)
+def test_what_several_processes_run_is_not_kept(folder, monkeypatch):
+  monkeypatch.setattr(programs.jax, "process_count", lambda: 2)
+  experiment = open_experiment(micro_run.get_config(), jax.devices()[:2])
+  programs.lower_step(experiment, SHAPE, keep=True)
   assert not list(folder.glob("point3r-*.lowered"))
