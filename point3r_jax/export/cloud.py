@@ -240,6 +240,69 @@ class CloudSummary:
   out_of_range: int
 
 
+class _Scale(NamedTuple):
+  """How large voxels are, and how often that was doubled."""
+
+  voxel_size: float
+  doublings: int
+
+
+class _Held:
+  """The voxels of all buffers so far; one thread at a time works on them.
+
+  Attributes:
+    voxels: None before the first.
+    non_finite: see `CloudSummary`.
+    out_of_range: likewise.
+  """
+
+  def __init__(self, max_points: int, threads: int):
+    """Holds none; see `VoxelCloud`."""
+    self.voxels: _Voxels | None = None
+    self.non_finite = self.out_of_range = 0
+    self._max_points = max_points
+    self._threads = threads
+    self._pool = concurrent.futures.ThreadPoolExecutor(threads, "fold")
+    self._scale: _Scale | None = None
+
+  def take_in(
+    self, averaged: concurrent.futures.Future[_Averaged], scale: _Scale
+  ) -> _Scale:
+    """Takes in a buffer once it is averaged, in voxels of a scale.
+
+    Returns:
+      The scale of all that is held now.
+    """
+    self._scale = self._scale or scale
+    new, non_finite, out_of_range = averaged.result()
+    self.non_finite += non_finite
+    self.out_of_range += out_of_range
+    if new is not None:
+      for _ in range(self._scale.doublings - scale.doublings):
+        new = _average(_parent_keys(new.key), new.means, new.count)
+      if self.voxels:
+        new = _fold(self.voxels, new, self._threads, self._pool.map)
+      self.voxels = new
+      self._keep_bound()
+    return self._scale
+
+  def _keep_bound(self) -> None:
+    """Doubles the voxels until there are few enough."""
+    while len(self.voxels.key) > self._max_points:
+      key, count, means = self.voxels
+      self.voxels = _average(_parent_keys(key), means, count)
+      size, doublings = self._scale
+      self._scale = _Scale(2 * size, doublings + 1)
+      _logger.warning(
+        "Point cloud over its bound of %d points: voxel size doubled to %.4g, "
+        "%d points became %d.",
+        self._max_points,
+        self._scale.voxel_size,
+        len(key),
+        len(self.voxels.key),
+      )
+
+
 class VoxelCloud:
   """Gathers coloured points of many frames, one averaged point a voxel.
 
@@ -279,23 +342,20 @@ class VoxelCloud:
       raise ValueError(f"voxel_size must be positive, not {voxel_size}.")
     if max_points < 8:
       raise ValueError(f"max_points must be at least 8, not {max_points}.")
-    self._voxel_size = voxel_size
-    self._max_points = max_points
     self._buffer_points = buffer_points
-    self._voxels: _Voxels | None = None
     self._buffer: list[tuple[np.ndarray, np.ndarray]] = []
-    self._buffered = 0
+    self._buffered = self._added = self._without_size = 0
     self._threads = threads or min(8, max(2, (os.cpu_count() or 1) // 2))
-    self._averagers, self._folders = (
-      concurrent.futures.ThreadPoolExecutor(self._threads, name)
-      for name in ("average", "fold")
+    self._averagers, self._keeper = (
+      concurrent.futures.ThreadPoolExecutor(count, name)
+      for count, name in ((self._threads, "average"), (1, "keep"))
     )
-    # Doublings when a buffer was handed over, and what becomes of it.
-    self._averaging: collections.deque[
-      tuple[int, concurrent.futures.Future[_Averaged]]
-    ] = collections.deque()
-    self._doublings = 0
-    self._added = self._non_finite = self._out_of_range = 0
+    self._held = _Held(max_points, self._threads)
+    # After the buffers that were waited for, and of those that were not yet.
+    self._scale = None if voxel_size is None else _Scale(voxel_size, 0)
+    self._under_way: collections.deque[concurrent.futures.Future[_Scale]] = (
+      collections.deque()
+    )
 
   def add(self, points: np.ndarray, colors: np.ndarray) -> None:
     """Adds the points of a frame.
@@ -313,65 +373,45 @@ class VoxelCloud:
       raise ValueError(f"Colours must be uint8, not {colors.dtype}.")
     points = points.reshape(-1, 3).astype(np.float32)
     self._added += len(points)
-    if self._voxel_size is None:
+    if self._scale is None:
       finite = points[np.isfinite(points).all(axis=1)]
       if not len(finite):
-        self._non_finite += len(points)
+        self._without_size += len(points)
         return
-      self._voxel_size = automatic_voxel_size(finite)
-      _logger.info("Automatic voxel size: %.4g.", self._voxel_size)
+      self._scale = _Scale(automatic_voxel_size(finite), 0)
+      _logger.info("Automatic voxel size: %.4g.", self._scale.voxel_size)
     self._buffer.append((points, colors.reshape(-1, 3).copy()))
     self._buffered += len(points)
     if self._buffered >= self._buffer_points:
       self._hand_over()
-      self._fold_in(self._threads)
 
   def _hand_over(self) -> None:
-    """Has the buffer averaged in the background."""
+    """Has the buffer averaged and taken into the cloud, in the background.
+
+    Waits for earlier ones where too many are under way. The scale is that after
+    the last one that was waited for, whatever has been done since: so the
+    result does not depend on time.
+    """
     if self._buffered:
-      work = self._averagers.submit(
-        _average_frames, self._buffer, self._voxel_size
+      self._wait(self._threads - 1)
+      averaged = self._averagers.submit(
+        _average_frames, self._buffer, self._scale.voxel_size
       )
-      self._averaging.append((self._doublings, work))
+      self._under_way.append(
+        self._keeper.submit(self._held.take_in, averaged, self._scale)
+      )
       self._buffer, self._buffered = [], 0
 
-  def _fold_in(self, unfinished: int) -> None:
-    """Takes averaged buffers into the cloud, in order, but for so many."""
-    while len(self._averaging) > unfinished:
-      doublings, work = self._averaging.popleft()
-      new, non_finite, out_of_range = work.result()
-      self._non_finite += non_finite
-      self._out_of_range += out_of_range
-      if new is None:
-        continue
-      for _ in range(self._doublings - doublings):
-        new = _average(_parent_keys(new.key), new.means, new.count)
-      if self._voxels:
-        new = _fold(self._voxels, new, self._threads, self._folders.map)
-      self._voxels = new
-      self._keep_bound()
+  def _wait(self, under_way: int) -> None:
+    """Waits until no more than so many buffers are under way."""
+    while len(self._under_way) > under_way:
+      self._scale = self._under_way.popleft().result()
 
-  def _complete(self) -> None:
+  def _complete(self) -> _Held:
     """Takes all points into the cloud."""
     self._hand_over()
-    self._fold_in(0)
-
-  def _keep_bound(self) -> None:
-    """Doubles the voxels until there are few enough."""
-    while len(self._voxels.key) > self._max_points:
-      before = len(self._voxels.key)
-      key, count, means = self._voxels
-      self._voxels = _average(_parent_keys(key), means, count)
-      self._voxel_size *= 2
-      self._doublings += 1
-      _logger.warning(
-        "Point cloud over its bound of %d points: voxel size doubled to %.4g, "
-        "%d points became %d.",
-        self._max_points,
-        self._voxel_size,
-        before,
-        len(self._voxels.key),
-      )
+    self._wait(0)
+    return self._held
 
   def arrays(self) -> tuple[np.ndarray, np.ndarray]:
     """Returns the cloud so far.
@@ -380,21 +420,21 @@ class VoxelCloud:
       (N, 3) float32 mean positions and (N, 3) uint8 mean colours, RGB, rounded;
       in a fixed order given by their voxels.
     """
-    self._complete()
-    if not self._voxels:
+    voxels = self._complete().voxels
+    if not voxels:
       return np.zeros((0, 3), np.float32), np.zeros((0, 3), np.uint8)
-    points = np.stack(self._voxels.means[:3], axis=1)
-    colors = np.stack(self._voxels.means[3:], axis=1)
+    points = np.stack(voxels.means[:3], axis=1)
+    colors = np.stack(voxels.means[3:], axis=1)
     return points, np.rint(colors).astype(np.uint8)
 
   def summary(self) -> CloudSummary:
     """Returns what the cloud holds and what it left out so far."""
-    self._complete()
+    held = self._complete()
     return CloudSummary(
-      points=len(self._voxels.key) if self._voxels else 0,
-      voxel_size=self._voxel_size,
-      doublings=self._doublings,
+      points=len(held.voxels.key) if held.voxels else 0,
+      voxel_size=self._scale.voxel_size if self._scale else None,
+      doublings=self._scale.doublings if self._scale else 0,
       added=self._added,
-      non_finite=self._non_finite,
-      out_of_range=self._out_of_range,
+      non_finite=self._without_size + held.non_finite,
+      out_of_range=held.out_of_range,
     )

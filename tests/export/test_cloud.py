@@ -1,4 +1,5 @@
 import logging
+import time
 
 import numpy as np
 import pytest
@@ -87,7 +88,7 @@ def test_doubling_keeps_all_points(seed, cuts, buffer_points, max_points):
   assert summary.doublings == doublings
   assert summary.voxel_size == 0.25 * 2**doublings
   assert summary.points == len(expected) <= max_points
-  assert voxels._voxels.count.sum() == 80
+  assert voxels._held.voxels.count.sum() == 80
   _assert_equals(voxels.arrays(), expected)
 
 
@@ -98,6 +99,33 @@ def test_doubling_is_logged(caplog):
     voxels.add(points, np.zeros((9, 3), np.uint8))
     voxels.summary()
   assert "voxel size doubled to 2" in caplog.text
+
+
+def test_result_does_not_depend_on_time(monkeypatch):
+  """What is averaged before a doubling, or after it, is rounded differently."""
+  rng = np.random.default_rng(0)
+  points, colors = _scene(rng, 4000, 20.0)
+  average = cloud._average_frames
+
+  def run(late):
+    def slow(frames, voxel_size):
+      result = average(frames, voxel_size)
+      time.sleep(0.01 * (int(frames[0][1].sum()) % 3 == late))
+      return result
+
+    monkeypatch.setattr(cloud, "_average_frames", slow)
+    voxels = cloud.VoxelCloud(0.25, 300, buffer_points=100, threads=3)
+    for first in range(0, 4000, 50):
+      part = slice(first, first + 50)
+      voxels.add(points[part], colors[part])
+      time.sleep(0.001 * (first % 3 == late))
+    assert voxels.summary().doublings > 2
+    return voxels.arrays()
+
+  expected = run(0)
+  for late in (1, 2):
+    for found, array in zip(run(late), expected, strict=True):
+      np.testing.assert_array_equal(found, array)
 
 
 def test_frames_can_follow_after_reading():
