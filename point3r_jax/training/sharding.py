@@ -158,15 +158,16 @@ def _gather(x: jax.Array, spec: PartitionSpec, dtype: Any) -> jax.Array:
 
 
 def _spec(shape: tuple[int, ...], devices: int) -> PartitionSpec:
-  """Splits the first dimension that divides; small arrays are not split.
+  """Splits the largest dimension that divides; small arrays are not split.
 
-  Parts along the first one are what collectives send and receive; for others
-  arrays are turned around before and after.
+  So products of a matrix with itself, of which Muon makes many, are sums over
+  devices of its smaller side's square. Otherwise the whole would be sent.
   """
   dimensions = [i for i, size in enumerate(shape) if size % devices == 0]
   if devices == 1 or np.prod(shape) < _MIN_SIZE or not dimensions:
     return PartitionSpec()
-  return PartitionSpec(*dimensions[0] * [None], "fsdp")
+  largest = max(dimensions, key=lambda i: shape[i])
+  return PartitionSpec(*largest * [None], "fsdp")
 
 
 def _param_specs(devices: int, params: Any, rules: Rules) -> Any:

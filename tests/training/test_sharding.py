@@ -151,7 +151,7 @@ def test_what_is_sent_is_cast_and_what_is_summed_is_not(shape, rules):
   )
 
 
-def test_parameters_are_split_along_the_first_dimension_that_divides():
+def test_parameters_are_split_along_their_largest_dimension():
   mesh = make_mesh(2, 4)
   shapes = {
     "stack": jax.ShapeDtypeStruct((24, 64, 256), "float32"),
@@ -162,8 +162,8 @@ def test_parameters_are_split_along_the_first_dimension_that_divides():
   }
   specs = param_shardings(mesh, shapes, [("kept", "replicate"), (".*", "fsdp")])
   assert {name: x.spec for name, x in specs.items()} == {
-    "stack": PartitionSpec("fsdp"),
-    "wide": PartitionSpec(None, None, "fsdp"),
+    "stack": PartitionSpec(None, None, "fsdp"),
+    "wide": PartitionSpec(None, None, None, "fsdp"),
     "odd": PartitionSpec(),
     "small": PartitionSpec(),
     "kept": PartitionSpec(),
