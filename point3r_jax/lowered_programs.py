@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib
 import logging
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def lower_once(
   """Lowers a program, or reads what an earlier process made of it.
 
   It is kept where `jax_compilation_cache_dir` is, if that is a local folder. A
-  file that is damaged, or cannot be written, is warned about and done without.
+  file that is damaged, or cannot be made, is warned about and done without.
   Files are StableHLO as `jax.export` writes it.
 
   Args:
@@ -71,10 +72,17 @@ def lower_once(
     return _with_kernels(jit(program).lower(*operands))
   path = folder / f"point3r-{_fingerprint(name, operands)}.lowered"
   structure = jax.tree.structure(result)
-  read = _read(path)
-  exported = read or _export(program, operands, structure)
+  read = exported = _read(path)
   if not read:
-    _write(path, exported.serialize())
+    try:
+      exported = _export(program, operands, structure)
+      data = exported.serialize()
+    except (ValueError, NotImplementedError) as error:
+      # If the program itself is at fault, this raises it again.
+      lowered = jit(program).lower(*operands)
+      _warn("make", path, textwrap.shorten(str(error), 300))
+      return _with_kernels(lowered)
+    _write(path, data)
 
   # All processes compile this form, so that JAX's cache knows it.
   def run(*operands):
@@ -116,7 +124,7 @@ def _fingerprint(name: str, operands: Sequence[Any]) -> str:
   settings = dict(jax.config.values, jax_compilation_cache_dir=None)
   parts = (
     name,
-    installed_versions("jax", "jaxlib", "flax"),
+    installed_versions("jax", "jaxlib", "flax", "optax"),
     sorted(settings.items()),
     (device.platform, device.device_kind, getattr(device, "core_count", None)),
     structure,

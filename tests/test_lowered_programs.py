@@ -144,6 +144,26 @@ def test_what_cannot_be_written_is_said_and_done_without(folder, caplog):
   assert "could not write" in caplog.text
 
 
+def test_what_cannot_be_exported_is_said_and_done_without(folder, caplog):
+  def program(x):
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.pure_callback(np.negative, shape, x)
+
+  x = np.ones(3, np.float32)
+  lowered = lower_once(program, (x,), name="callback", result=x)
+  np.testing.assert_array_equal(lowered.compile()(x), -x)
+  assert "could not make" in caplog.text and not files(folder)
+
+
+def test_what_is_wrong_with_a_program_is_raised(folder):
+  def program(x):
+    raise ValueError("wrong shape")
+
+  with pytest.raises(ValueError, match="wrong shape"):
+    lower_once(program, (np.ones(3),), name="wrong", result=0)
+  assert not files(folder)
+
+
 def test_nothing_is_kept_without_a_local_folder(folder):
   jax.config.update("jax_compilation_cache_dir", "gs://bucket/jax")
   first, second = Adder(), Adder()
