@@ -95,8 +95,13 @@ def lower_once(
 
 
 def _with_kernels(lowered: jax.stages.Lowered) -> jax.stages.Lowered:
-  """Has a program's kernels compiled in the background."""
-  compile_kernels(lowered)
+  """Has a program's kernels compiled in the background, if that is possible."""
+  try:
+    compile_kernels(lowered)
+  except Exception as error:  # JAX does not promise what a call looks like.
+    logging.getLogger(__name__).warning(
+      "kernels are not compiled ahead, so that this takes longer: %r", error
+    )
   return lowered
 
 

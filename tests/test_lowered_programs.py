@@ -1,5 +1,7 @@
 """What is kept of a program once it is lowered, and when it is lowered anew."""
 
+import importlib.metadata
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -72,6 +74,34 @@ def test_kernels_are_compiled_ahead_of_what_is_lowered_anew(
   assert ahead == [lowered]
   unnamed = Adder().lower(name=None)
   assert ahead == [lowered, unnamed]
+
+
+def test_kernels_of_another_form_are_left_to_the_program(
+  folder, monkeypatch, caplog
+):
+  def fail(_):
+    raise KeyError("kernel_hash")
+
+  monkeypatch.setattr(lowered_programs, "compile_kernels", fail)
+  lowered = Adder().lower()
+  assert "not compiled ahead" in caplog.text and "kernel_hash" in caplog.text
+  state = {"sum": jnp.zeros(3), "nothing": None}
+  got = lowered.compile()(np.float32(2), state, jnp.ones(2))
+  chex.assert_trees_all_equal(got["sum"], np.full(3, 2, np.float32))
+
+
+@pytest.mark.parametrize("package", ["jax", "jaxlib", "flax", "optax"])
+def test_another_version_makes_another_program(folder, monkeypatch, package):
+  Adder().lower()
+  version = importlib.metadata.version
+  monkeypatch.setattr(
+    importlib.metadata,
+    "version",
+    lambda name: "99" if name == package else version(name),
+  )
+  other = Adder()
+  other.lower()
+  assert other.traced == 1 and len(files(folder)) == 2
 
 
 def test_what_was_read_does_the_same_with_donated_buffers(folder):

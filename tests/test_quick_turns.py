@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from point3r_jax.quick_turns import quick_turns
+from point3r_jax.quick_turns import _QuickTurns
 
 
 @pytest.fixture
@@ -17,8 +17,9 @@ def seconds(monkeypatch):
 
 
 def test_as_long_as_anyone_is_inside(seconds):
-  with quick_turns:
-    with quick_turns:
+  turns = _QuickTurns()
+  with turns:
+    with turns:
       assert seconds == [5e-3, 5e-4]
     assert seconds == [5e-3, 5e-4]
   assert seconds == [5e-3, 5e-4, 5e-3]
@@ -26,11 +27,11 @@ def test_as_long_as_anyone_is_inside(seconds):
 
 def test_shorter_ones_stay(seconds):
   seconds.append(1e-4)
-  with quick_turns:
+  with _QuickTurns():
     assert seconds[-1] == 1e-4
 
 
 def test_they_end_with_an_error(seconds):
-  with pytest.raises(ValueError), quick_turns:
+  with pytest.raises(ValueError), _QuickTurns():
     raise ValueError
   assert seconds == [5e-3, 5e-4, 5e-3]

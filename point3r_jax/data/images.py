@@ -200,6 +200,8 @@ def prepare_image(
   Raises:
     InputError: The image is too elongated, or a size is not a multiple of 16.
   """
+  if isinstance(image, np.ndarray) and image.shape[2:] != (3,):
+    image = Image.fromarray(image)
   if isinstance(image, Image.Image) and image.mode != "RGB":
     image = to_rgb(image)
   source = image_size(image)

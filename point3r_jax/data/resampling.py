@@ -8,6 +8,7 @@ one axis after the other, by weights in fixed point, rounded to 8 bits each.
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from point3r_jax.data import images
+from point3r_jax.errors import one_line
 
 # Half the width of the window, in pixels of the image or, if that is larger, of
 # the result.
@@ -24,9 +26,10 @@ _LOBES = 3.0
 # Bits after the point of a weight, which leave room for sums in 32.
 _FRACTION = 22
 
-# Rows, then columns: what Pillow takes first depends on its version and on the
-# sizes.
+# Of axes; which one Pillow takes depends on its version and on the sizes.
 _ORDERS = ((0, 1), (1, 0))
+
+_log = logging.getLogger(__name__)
 
 
 def _weights(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
@@ -103,12 +106,12 @@ def _pillow_order(
 
 
 class DeviceResize:
-  """Scales as `images.resize` does, on JAX's default device where it pays.
+  """Scales as `images.resize` does, on JAX's default device.
 
-  That is for the first size that is asked for: each takes a second to compile.
-  For all others, and where noise comes out in another way than by Pillow, that
-  is asked. Waits for what the device has been given before, so it wants to be
-  called in several threads.
+  It is meant for videos: only the first size that is asked for is scaled there,
+  for each takes a second to compile and to try, and only if noise comes out as
+  by Pillow, which scales all else. It waits for what the device has been given
+  before, so it wants to be called in several threads.
   """
 
   def __init__(self):
@@ -142,5 +145,9 @@ class DeviceResize:
     if order is None:
       return None
     expected = images.resize(noise, size, images.LANCZOS)
-    same = np.array_equal(lanczos(noise, size, order), expected)
+    try:
+      same = np.array_equal(lanczos(noise, size, order), expected)
+    except jax.errors.JaxRuntimeError as error:  # Such as too little memory.
+      _log.warning("images are scaled on the host: %s", one_line(error))
+      return None
     return order if same else None

@@ -313,7 +313,8 @@ class VoxelCloud:
   nest, so means remain means of all their points) until no more than that are.
 
   The result does not depend on the order of frames, except through an automatic
-  voxel size and through points beyond the range of the voxels of the moment.
+  voxel size and through points beyond the range of the voxels of the moment,
+  whose size is known the later, the more threads there are.
   """
 
   def __init__(

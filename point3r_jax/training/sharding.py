@@ -98,13 +98,12 @@ def on_each_part(
   Args:
     function: of parameters and arrays (B, …), to a memory of B samples and
       predictions (T, B, …).
-    cast: casts parameters, a nested dictionary, before they are gathered. Their
-      gradients are summed in the types that they had.
+    cast: changes the types of parameters, a nested dictionary, and nothing
+      else. In these they are gathered; gradients are summed in their own.
     rules: where parameters live.
 
   Returns:
-    The same function of parameters that are not cast, and of the whole batch;
-    without a mesh of no more than that.
+    The same function of parameters in their own types and of the whole batch.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:

@@ -255,7 +255,13 @@ class TestPrepareImage:
     np.testing.assert_array_equal(
       prepare_image(np.asarray(image), 64)[0], expected
     )
-    assert prepare_image(image.convert("L"), 64)[0].shape == (48, 64, 3)
+    grey, clear = image.convert("L"), image.convert("RGBA")
+    for other in (grey, clear):
+      expected = prepare_image(other, 64)[0]
+      assert expected.shape == (48, 64, 3)
+      np.testing.assert_array_equal(
+        prepare_image(np.asarray(other), 64)[0], expected
+      )
 
   def test_result_is_writable(self):
     pixels, _ = prepare_image(noise(384, 512))

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -83,6 +84,16 @@ def test_device_that_does_otherwise_is_not_asked(monkeypatch):
   np.testing.assert_array_equal(got, by_pillow(pixels, (16, 24)))
 
 
+def test_device_that_fails_is_not_asked(monkeypatch, caplog):
+  def fail(pixels, size, order):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+  monkeypatch.setattr(resampling, "lanczos", fail)
+  got = DeviceResize()(noise(64, 96), (16, 24), images.LANCZOS)
+  np.testing.assert_array_equal(got, by_pillow(noise(64, 96), (16, 24)))
+  assert "RESOURCE_EXHAUSTED" in caplog.text
+
+
 def test_pillow_that_takes_axes_in_no_order_is_asked(monkeypatch, asked):
   def both_at_once(image, size, _):
     pixels = np.asarray(image)
@@ -104,7 +115,7 @@ def test_threads_share_it(asked):
     )
   for frame, got in zip(frames, scaled, strict=True):
     np.testing.assert_array_equal(got, by_pillow(frame, (24, 32)))
-  assert asked
+  assert len(asked) > 1  # One of them to try.
 
 
 @pytest.mark.parametrize(
@@ -116,7 +127,7 @@ def test_frames_are_the_same(tmp_path, asked, options):
     [frame.image for frame in open_frames(clip, on_device=x, **options)]
     for x in (False, True)
   )
-  assert asked
+  assert len(asked) > 1  # One of them to try.
   np.testing.assert_array_equal(got, expected)
 
 
@@ -125,5 +136,5 @@ def test_images_of_mixed_sizes_are_the_same(tmp_path, asked):
     save_image(tmp_path / f"{name}.png", size=size)
   sources = [open_frames(tmp_path, size=64, on_device=x) for x in (False, True)]
   expected, got = ([frame.image for frame in source] for source in sources)
-  assert asked
+  assert len(asked) > 1  # One of them to try.
   np.testing.assert_array_equal(got, expected)

@@ -10,7 +10,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from point3r_jax import lowered_programs
 from point3r_jax.config import PRESETS
 from point3r_jax.params import stack_layers
-from point3r_jax.training import programs, step
+from point3r_jax.training import programs, sharding, step
 from point3r_jax.training.experiment import open_experiment
 from point3r_jax.training.programs import Programs
 from point3r_jax.training.sharding import batch_sharding, on_each_part
@@ -40,11 +40,13 @@ def short_loss(config, params, batch):
 def folder(tmp_path, monkeypatch):
   """Where JAX keeps compiled programs during a test."""
   monkeypatch.setitem(PRESETS, "micro", micro.CONFIG)
+  monkeypatch.setattr(sharding, "_MIN_SIZE", 64)
   monkeypatch.setattr(step, "sequence_loss", short_loss)
   monkeypatch.setattr(lowered_programs, "_folder", find_folder)
   before = jax.config.jax_compilation_cache_dir
   jax.config.update("jax_compilation_cache_dir", str(tmp_path))
   yield tmp_path
+  jax.config.update("jax_enable_compilation_cache", True)
   jax.config.update("jax_compilation_cache_dir", before)
   compilation_cache.reset_cache()
 
@@ -53,10 +55,13 @@ def run(devices=1, lr=1e-3):
   """Takes three steps in a program of its own; returns state and metrics."""
   config = micro_run.get_config()
   config.optimizer.lr = lr
+  config.mesh.fsdp = devices
   experiment = open_experiment(config, jax.devices()[:devices])
   state = experiment.maker.init(
     jax.tree.map(np.asarray, stack_layers(micro.params()))
   )
+  head = jax.tree.leaves(state.params["pose_head"])
+  assert any(not x.is_fully_replicated for x in head) == (devices > 1)
   batch = jax.device_put(
     batches.batch(config.batch_size, config.views),
     batch_sharding(experiment.mesh),
