@@ -114,7 +114,9 @@ class FrameSource:
       `image_size`.
   """
 
-  def __init__(self, reader: Reader, size: int, crop: bool, on_device: bool):
+  def __init__(
+    self, reader: Reader, size: int, crop: bool, on_device: bool = False
+  ):
     """Reads the first image; see `open_frames`."""
     self._reader = reader
     self._size = size
@@ -184,8 +186,8 @@ def open_frames(
     max_frames: How many frames to take at most.
     shuffle_seed: Puts the frames so chosen into a random order that depends
       on the seed alone. Not for videos.
-    on_device: Whether JAX's default device scales the frames; see
-      `resampling.DeviceResize`. They come out the same.
+    on_device: Whether JAX's default device scales a video's frames, which come
+      out the same; see `resampling.DeviceResize`.
 
   Returns:
     The frames, to be iterated over as often as needed.
@@ -198,8 +200,7 @@ def open_frames(
   wanted = select(start, end, stride, max_frames)
   files = paths_lib.find_files(inputs)
   if not paths_lib.is_video(files[0]):
-    reader = ImageFiles(files, wanted, shuffle_seed)
-    return FrameSource(reader, size, crop, on_device)
+    return FrameSource(ImageFiles(files, wanted, shuffle_seed), size, crop)
   if shuffle_seed is not None:
     raise InputError(
       f"{files[0]}: a video cannot be shuffled; extract its frames to a folder"

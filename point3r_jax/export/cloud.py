@@ -19,8 +19,8 @@ _PARENT_SHIFT = _ONES * (_HALF // 2)
 
 _AUTOMATIC_CELLS = 500
 
-# Voxels averaged at once. What is larger than caches comes from the operating
-# system anew each time, which takes longer than to compute with it.
+# Voxels averaged at once. Arrays larger than caches come from the operating
+# system anew each time, which takes longer than to compute with them.
 _BLOCK = 1 << 15
 
 _logger = logging.getLogger(__name__)
@@ -200,7 +200,7 @@ def _average_frames(
   positions = np.empty((3, size), np.float32)
   hues = np.empty((3, size), np.uint8)
   end = non_finite = 0
-  for points, colors in frames:
+  for points, colors in frames:  # One at a time, see `_BLOCK`.
     points, colors = (np.ascontiguousarray(x.T) for x in (points, colors))
     cells = np.floor(points.astype(np.float64) / voxel_size)
     inside = ((cells >= -_HALF) & (cells < _HALF)).all(axis=0)
