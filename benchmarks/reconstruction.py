@@ -165,7 +165,7 @@ def measure(flags: argparse.Namespace, folder: pathlib.Path) -> dict:
       [str(video)],
       size=size,
       max_frames=flags.frames,
-      on_device=jax.default_backend() == "gpu",
+      on_device=True,
     )
 
   image_size = read().image_size

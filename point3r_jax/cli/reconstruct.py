@@ -285,7 +285,7 @@ def _run(flags: argparse.Namespace) -> int:
     end=flags.end,
     max_frames=flags.max_frames,
     shuffle_seed=flags.seed if flags.shuffle else None,
-    on_device=jax.default_backend() == "gpu",
+    on_device=True,
   )
   config, params = load_checkpoint(
     flags.checkpoint, precision=get_precision(flags.precision)

@@ -186,8 +186,8 @@ def open_frames(
     max_frames: How many frames to take at most.
     shuffle_seed: Puts the frames so chosen into a random order that depends
       on the seed alone. Not for videos.
-    on_device: Whether JAX's default device scales a video's frames, which come
-      out the same; see `resampling.DeviceResize`.
+    on_device: Whether a GPU scales a video's frames, if JAX's default device is
+      one. They come out the same; see `resampling.DeviceResize`.
 
   Returns:
     The frames, to be iterated over as often as needed.

@@ -105,8 +105,13 @@ def _pillow_order(
   return None
 
 
+def _has_gpu() -> bool:
+  """Asked late, for this starts the GPU."""
+  return jax.default_backend() == "gpu"
+
+
 class DeviceResize:
-  """Scales as `images.resize` does, on JAX's default device.
+  """Scales as `images.resize` does, on JAX's default device if that is a GPU.
 
   It is meant for videos: only the first size that is asked for is scaled there,
   for each takes a second to compile and to try, and only if noise comes out as
@@ -127,7 +132,7 @@ class DeviceResize:
   ) -> images.AnyImage:
     """See `images.resize`."""
     source = images.image_size(image)
-    if resampling == images.LANCZOS and source != size:
+    if resampling == images.LANCZOS and source != size and _has_gpu():
       with self._lock:
         if self._sizes is None:
           self._sizes = source, size

@@ -26,6 +26,11 @@ def by_pillow(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
   return np.asarray(image.resize(size[::-1], Image.Resampling.LANCZOS))
 
 
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+  monkeypatch.setattr(resampling, "_has_gpu", lambda: True)
+
+
 @pytest.fixture
 def asked(monkeypatch):
   """Sizes that the device is asked for."""
@@ -71,6 +76,13 @@ def test_first_size_is_the_devices(asked, source, size):
   cubic = resize(pixels, size, Image.Resampling.BICUBIC)
   expected = images.resize(pixels, size, Image.Resampling.BICUBIC)
   np.testing.assert_array_equal(cubic, expected)
+  assert not asked
+
+
+def test_a_cpu_is_not_asked(monkeypatch, asked):
+  monkeypatch.setattr(resampling, "_has_gpu", lambda: False)
+  got = DeviceResize()(noise(64, 96), (16, 24), images.LANCZOS)
+  np.testing.assert_array_equal(got, by_pillow(noise(64, 96), (16, 24)))
   assert not asked
 
 
