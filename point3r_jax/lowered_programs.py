@@ -30,6 +30,8 @@ _CUSTOM_CALLS = (
   "LayoutConstraint",
 )
 
+_log = logging.getLogger(__name__)
+
 
 def lower_once(
   program: Callable[..., Any],
@@ -55,7 +57,7 @@ def lower_once(
     result: a tree of the result's structure. A leaf may stand for a tree of
       lists, tuples and dictionaries.
     donate: which operands' buffers the result may take.
-    out_shardings: of the result, if they are to be certain ones.
+    out_shardings: of the result; None: as the compiler likes.
 
   Returns:
     What `jax.jit(program).lower(*operands)` does, to be compiled; it keeps
@@ -65,7 +67,7 @@ def lower_once(
     jax.jit,
     donate_argnums=donate,
     keep_unused=True,
-    **({} if out_shardings is None else {"out_shardings": out_shardings}),
+    out_shardings=out_shardings,
   )
   folder = _folder()
   if name is None or folder is None:
@@ -99,7 +101,7 @@ def _with_kernels(lowered: jax.stages.Lowered) -> jax.stages.Lowered:
   try:
     compile_kernels(lowered)
   except Exception as error:  # JAX does not promise what a call looks like.
-    logging.getLogger(__name__).warning(
+    _log.warning(
       "kernels are not compiled ahead, so that this takes longer: %r", error
     )
   return lowered
@@ -199,7 +201,7 @@ def _write(path: Path, program: bytes) -> None:
 
 
 def _warn(what: str, path: Path, reason: object) -> None:
-  logging.getLogger(__name__).warning(
+  _log.warning(
     "could not %s the lowered program %s, without which starting takes longer: "
     "%s",
     what,

@@ -48,9 +48,28 @@ def lowered_anew():
   """Keeps no lowered programs: tests replace what is traced for them."""
   from point3r_jax import lowered_programs
 
+  find_folder = lowered_programs._folder
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(lowered_programs, "_folder", lambda: None)
-    yield
+    yield find_folder
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, lowered_anew):
+  """Where JAX keeps compiled programs during a test, lowered ones too."""
+  import jax
+  from jax.experimental.compilation_cache import compilation_cache
+
+  from point3r_jax import lowered_programs
+
+  monkeypatch.setattr(lowered_programs, "_folder", lowered_anew)
+  path = tmp_path / "cache" / "jax"
+  before = jax.config.jax_compilation_cache_dir
+  jax.config.update("jax_compilation_cache_dir", str(path))
+  yield path
+  jax.config.update("jax_enable_compilation_cache", True)
+  jax.config.update("jax_compilation_cache_dir", before)
+  compilation_cache.reset_cache()
 
 
 @pytest.fixture(autouse=True)

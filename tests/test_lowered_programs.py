@@ -7,27 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from point3r_jax import lowered_programs, stream_programs
 from point3r_jax.lowered_programs import lower_once
 from tests.streams import images, make_stream
-
-find_folder = lowered_programs._folder  # What no other test finds.
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-  """Where JAX keeps compiled programs during a test."""
-  monkeypatch.setattr(lowered_programs, "_folder", find_folder)
-  path = tmp_path / "cache" / "jax"
-  before = jax.config.jax_compilation_cache_dir
-  jax.config.update("jax_compilation_cache_dir", str(path))
-  yield path
-  jax.config.update("jax_compilation_cache_dir", before)
-  compilation_cache.reset_cache()
-
 
 STATE = {"sum": jnp.zeros(3), "nothing": None}
 
@@ -204,23 +188,19 @@ def test_nothing_is_kept_without_a_local_folder(folder):
 
 
 @pytest.mark.usefixtures("own_programs", "finished_streams")
-@pytest.mark.parametrize("devices", [None, 2])
+@pytest.mark.parametrize("devices", [1, 2])
 def test_a_stream_whose_programs_were_kept_is_the_same(
   folder, monkeypatch, devices
 ):
-  streams = devices or 1
-  options = {"batch_size": streams, "devices": jax.devices()[:streams]}
-  if devices is None:
-    del options["devices"]
-
-  def frames(number):
-    several = np.stack(streams * [images(number)], axis=1)
-    return several if streams > 1 else several[:, 0]
+  clip, options = images(4), {}
+  if devices > 1:
+    clip = np.stack(devices * [clip], axis=1)
+    options = {"batch_size": devices, "devices": jax.devices()[:devices]}
 
   def run():
     stream = make_stream(look_ahead=2, **options)
-    waited = [jax.device_get(stream(image)) for image in frames(3)]
-    return [*waited, *map(jax.device_get, stream.extend(frames(4)))]
+    waited = [jax.device_get(stream(image)) for image in clip[:3]]
+    return [*waited, *map(jax.device_get, stream.extend(clip))]
 
   jax.config.update("jax_enable_compilation_cache", False)
   expected = run()

@@ -92,15 +92,15 @@ def lanczos(
 
 
 def _pillow_order(
-  noise: np.ndarray, size: tuple[int, int]
+  noise: np.ndarray, scaled: np.ndarray
 ) -> tuple[int, int] | None:
-  """Returns in which order Pillow scales an image of noise; None: in none."""
-  expected = np.asarray(images.resize(noise, size, images.LANCZOS))
+  """Returns in which order Pillow has scaled an image of noise; None: none."""
+  size = scaled.shape[:2]
   for order in _ORDERS:
     between = list(noise.shape[:2])
     between[order[0]] = size[order[0]]
     once = images.resize(noise, tuple(between), images.LANCZOS)
-    if np.array_equal(images.resize(once, size, images.LANCZOS), expected):
+    if np.array_equal(images.resize(once, size, images.LANCZOS), scaled):
       return order
   return None
 
@@ -146,10 +146,10 @@ class DeviceResize:
   ) -> tuple[int, int] | None:
     """Returns the order of axes with which the device does what Pillow does."""
     noise = np.random.default_rng(0).integers(0, 256, (*source, 3), np.uint8)
-    order = _pillow_order(noise, size)
+    expected = np.asarray(images.resize(noise, size, images.LANCZOS))
+    order = _pillow_order(noise, expected)
     if order is None:
       return None
-    expected = images.resize(noise, size, images.LANCZOS)
     try:
       same = np.array_equal(lanczos(noise, size, order), expected)
     except jax.errors.JaxRuntimeError as error:  # Such as too little memory.

@@ -347,10 +347,9 @@ class VoxelCloud:
     self._buffer: list[tuple[np.ndarray, np.ndarray]] = []
     self._buffered = self._added = self._without_size = 0
     self._threads = threads or min(8, max(2, (os.cpu_count() or 1) // 2))
-    self._averagers, self._keeper = (
-      concurrent.futures.ThreadPoolExecutor(count, name)
-      for count, name in ((self._threads, "average"), (1, "keep"))
-    )
+    pool = concurrent.futures.ThreadPoolExecutor
+    self._averagers = pool(self._threads, "average")
+    self._keeper = pool(1, "keep")
     self._held = _Held(max_points, self._threads)
     # After the buffers that were waited for, and of those that were not yet.
     self._scale = None if voxel_size is None else _Scale(voxel_size, 0)

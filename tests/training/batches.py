@@ -1,13 +1,20 @@
 """Batches and step configs for the micro model."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from point3r_jax.losses import LossOptions
 from point3r_jax.streaming import StepOptions
 from point3r_jax.training.optimizer import OptimizerOptions
 from point3r_jax.training.rollout import RolloutOptions
+from point3r_jax.training.sharding import on_each_part
 from point3r_jax.training.step import FLAGS, StepConfig
 from tests import micro
+
+# What a step reports of a loss.
+_PARTS = ["camera", "world", "camera_confidence", "world_confidence", "pose"]
+_PARTS += ["pointers", "overflow"]
 
 
 def step_config(step=None, **rollout) -> StepConfig:
@@ -39,3 +46,14 @@ def batch(size: int, views: int, seed: int = 0) -> dict[str, np.ndarray]:
     **{flag: np.zeros(size, bool) for flag in FLAGS},
     "is_metric": np.arange(size) % 2 == 0,
   }
+
+
+def short_loss(config, params, batch):
+  """Uses all parameters and samples, and compiles at once."""
+
+  def run(params, depth):
+    square = sum(jnp.vdot(x, x) for x in jax.tree.leaves(params))
+    return square * jnp.mean(depth, axis=(1, 2, 3)), depth.swapaxes(0, 1)
+
+  loss = jnp.mean(on_each_part(run)(params, batch["depth"])[0])
+  return loss, (dict.fromkeys(_PARTS, loss), None)

@@ -3,7 +3,6 @@
 import re
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from point3r_jax.config import PRESETS
@@ -13,17 +12,13 @@ from point3r_jax.training import sharding, step
 from point3r_jax.training.collectives import Traffic, count_collectives
 from point3r_jax.training.experiment import open_experiment
 from point3r_jax.training.plan import format_plan, plan
-from point3r_jax.training.sharding import on_each_part
 from tests import micro
-from tests.training import micro_run
+from tests.training import batches, micro_run
 
 TOTAL = sum(x.size for x in jax.tree.leaves(param_shapes(micro.CONFIG)))
 HEAD = sum(
   x.size for x in jax.tree.leaves(param_shapes(micro.CONFIG)["pose_head"])
 )
-# What a step reports of a loss.
-PARTS = ["camera", "world", "camera_confidence", "world_confidence", "pose"]
-PARTS += ["pointers", "overflow"]
 
 
 @pytest.fixture(autouse=True)
@@ -42,17 +37,6 @@ def micro_plan(data, fsdp):
   config.optimizer.freeze = ("(?!pose_head)",)
   devices = jax.devices()[: data * fsdp]
   return plan(open_experiment(config, devices), micro.IMAGE_SIZE)
-
-
-def short_loss(config, params, batch):
-  """Uses all parameters and samples, and compiles at once."""
-
-  def run(params, depth):
-    square = sum(jnp.vdot(x, x) for x in jax.tree.leaves(params))
-    return square * jnp.mean(depth, axis=(1, 2, 3)), depth.swapaxes(0, 1)
-
-  loss = jnp.mean(on_each_part(run)(params, batch["depth"])[0])
-  return loss, (dict.fromkeys(PARTS, loss), None)
 
 
 def test_one_device(caplog):
@@ -74,8 +58,8 @@ def test_one_device(caplog):
 
 
 def test_data_parallel_reduces_and_fully_sharded_gathers(monkeypatch):
-  monkeypatch.setattr(step, "sequence_loss", short_loss)
-  monkeypatch.setattr(plan_module, "sequence_loss", short_loss)
+  monkeypatch.setattr(step, "sequence_loss", batches.short_loss)
+  monkeypatch.setattr(plan_module, "sequence_loss", batches.short_loss)
   whole, split = micro_plan(8, 1), micro_plan(1, 8)
   assert whole.param_bytes == 4 * TOTAL
   assert set(whole.collectives.traffic) == {"all-reduce"}

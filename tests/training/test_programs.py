@@ -2,53 +2,27 @@
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
-from point3r_jax import lowered_programs
 from point3r_jax.config import PRESETS
 from point3r_jax.params import stack_layers
 from point3r_jax.training import programs, sharding, step
 from point3r_jax.training.experiment import open_experiment
 from point3r_jax.training.programs import Programs
-from point3r_jax.training.sharding import batch_sharding, on_each_part
+from point3r_jax.training.sharding import batch_sharding
 from tests import micro
 from tests.training import batches, micro_run
 
 SHAPE = (2, *micro.IMAGE_SIZE)
-PARTS = ("camera_confidence", "world_confidence", "pose", "camera", "world")
-
-find_folder = lowered_programs._folder  # What no other test finds.
 
 
-def short_loss(config, params, batch):
-  """Has gradients, and compiles at once."""
-  del config
-
-  def run(params, images):
-    head = jax.tree.leaves(params["pose_head"])
-    square = sum(jnp.vdot(x, jnp.sin(x)) for x in head)
-    return square * jnp.mean(images / 255, axis=(1, 2, 3, 4)), images[None]
-
-  loss = jnp.mean(on_each_part(run)(params, batch["image"])[0])
-  return loss, (dict.fromkeys((*PARTS, "pointers", "overflow"), loss), None)
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-  """Where JAX keeps compiled programs during a test."""
+@pytest.fixture(autouse=True)
+def quick_steps(monkeypatch):
+  """Steps of the micro model that compile at once."""
   monkeypatch.setitem(PRESETS, "micro", micro.CONFIG)
   monkeypatch.setattr(sharding, "_MIN_SIZE", 64)
-  monkeypatch.setattr(step, "sequence_loss", short_loss)
-  monkeypatch.setattr(lowered_programs, "_folder", find_folder)
-  before = jax.config.jax_compilation_cache_dir
-  jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-  yield tmp_path
-  jax.config.update("jax_enable_compilation_cache", True)
-  jax.config.update("jax_compilation_cache_dir", before)
-  compilation_cache.reset_cache()
+  monkeypatch.setattr(step, "sequence_loss", batches.short_loss)
 
 
 def run(devices=1, lr=1e-3):
@@ -76,7 +50,7 @@ def run(devices=1, lr=1e-3):
 def test_a_step_is_lowered_once(folder, monkeypatch, devices):
   jax.config.update("jax_enable_compilation_cache", False)
   expected = run(devices)
-  assert not list(folder.iterdir())
+  assert not list(folder.glob("*"))
   jax.config.update("jax_enable_compilation_cache", True)
   written = run(devices)
 
