@@ -25,7 +25,10 @@ from ml_collections import ConfigDict
 
 from benchmarks.profiling import profile
 from configs import stage1_224, stage2_512, stage3_long, synthetic_tiny
-from point3r_jax.gpu_options import load_kernels_at_the_start
+from point3r_jax.gpu_options import (
+  load_convolutions,
+  load_kernels_at_the_start,
+)
 from point3r_jax.params import init_params, param_shapes
 from point3r_jax.training.experiment import Experiment, open_experiment
 from point3r_jax.training.plan import step_flops
@@ -130,6 +133,7 @@ def measure(experiment: Experiment, flags: argparse.Namespace) -> dict:
     }
   )
   compile_seconds = time.perf_counter() - started
+  load_convolutions()
 
   state = experiment.maker.init(init_params(experiment.step.model))
   batch = random_batch(config.batch_size, config.views, image_size)

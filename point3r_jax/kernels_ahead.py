@@ -43,12 +43,16 @@ class Kernel(NamedTuple):
 def find_kernels(lowered: jax.stages.Lowered) -> list[Kernel]:
   """Returns the Mosaic kernels of a program for GPUs, each of them once."""
   calls = {}
-  for operation in _operations(lowered.compiler_ir("stablehlo").operation):
-    if operation.name == _CALL and _called(operation).startswith(_MOSAIC):
-      settings = operation.attributes[_SETTINGS]
-      settings = {x.name: _value(x.attr) for x in settings}
-      calls[settings[_DIGEST]] = (operation, settings)
+  for operation in _calls(lowered):
+    settings = operation.attributes[_SETTINGS]
+    settings = {x.name: _value(x.attr) for x in settings}
+    calls[settings[_DIGEST]] = (operation, settings)
   return [_kernel(*call) for call in calls.values()]
+
+
+def has_kernels(lowered: jax.stages.Lowered) -> bool:
+  """Returns whether there are Mosaic kernels in a program for GPUs."""
+  return any(True for _ in _calls(lowered))
 
 
 def compile_kernels(
@@ -75,6 +79,13 @@ def compile_kernels(
   futures = [pool.submit(compile_one, kernel) for kernel in kernels]
   pool.shutdown(wait=False)
   return futures
+
+
+def _calls(lowered: jax.stages.Lowered) -> Iterator[Any]:
+  """Yields the calls of Mosaic kernels in a lowered program."""
+  for operation in _operations(lowered.compiler_ir("stablehlo").operation):
+    if operation.name == _CALL and _called(operation).startswith(_MOSAIC):
+      yield operation
 
 
 def _operations(operation: Any) -> Iterator[Any]:

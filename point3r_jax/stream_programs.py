@@ -21,8 +21,10 @@ from point3r_jax.gpu_options import (
   GPU_OPTIONS,
   GRAPH_COMMANDS,
   GRAPHS,
+  leave_out_convolutions,
   suit_devices,
 )
+from point3r_jax.kernels_ahead import has_kernels
 from point3r_jax.lowered_programs import lower_once
 from point3r_jax.memory import PointerMemory, grow, init_memory
 from point3r_jax.params import JoinedParams, join_params
@@ -104,6 +106,15 @@ def _warn_of_failure(
       name,
       error,
     )
+
+
+def _graphs_for(
+  lowered: jax.stages.Lowered, options: dict[str, str | bool | int]
+) -> dict[str, str | bool | int]:
+  """Returns XLA's options for a program that may be found compiled."""
+  if GRAPHS not in options or has_kernels(lowered):
+    return options
+  return leave_out_convolutions(options)
 
 
 def _arrange(x: jax.Array) -> jax.Array:
@@ -353,8 +364,9 @@ class StreamPrograms:
       started = time.perf_counter()
       options = None
       if jax.default_backend() == "gpu":
+        options = _graphs_for(lowered, gpu_options)
         devices = self.split.mesh.size if self.split else 1
-        options = suit_devices(gpu_options, devices)
+        options = suit_devices(options, devices)
       with quick_turns:
         program = lowered.compile(options)
       if name is not None:

@@ -1,14 +1,17 @@
-"""CUDA graphs where several GPUs run a program together."""
+"""What CUDA graphs may hold: on several GPUs, and of what is found compiled."""
 
 import logging
 import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from point3r_jax import gpu_options, stream_programs
 from point3r_jax.gpu_options import GRAPHS, load_kernels_at_the_start
+from point3r_jax.models.hopper_attention import hopper_attention
 from point3r_jax.training.programs import compiler_options
 
 VARIABLE = "CUDA_MODULE_LOADING"
@@ -59,6 +62,37 @@ def test_training_counts_its_devices(caplog):
   load_kernels_at_the_start()
   assert compiler_options("bodies", 2, "gpu")[GRAPHS]
   assert compiler_options("bodies", 2, "cpu") is None
+
+
+def test_training_records_convolutions_that_are_loaded(monkeypatch):
+  def commands():
+    return compiler_options("bodies", 1, "gpu")[GRAPHS].split(",")
+
+  unloaded = commands()
+  load_kernels_at_the_start()
+  assert set(commands()) - set(unloaded) == {"CONVOLUTION"}
+  assert "CUBLASLT" in unloaded
+
+
+def test_streams_record_convolutions_beside_kernels_of_ours():
+  options = stream_programs._STEP_OPTIONS
+
+  def program(query, length):
+    return hopper_attention(query, query, query, length, length)
+
+  def commands(program):
+    query = jax.ShapeDtypeStruct((1, 64, 2, 16), jnp.bfloat16)
+    length = jax.ShapeDtypeStruct((1,), jnp.int32)
+    traced = jax.jit(program).trace(query, length)
+    lowered = traced.lower(lowering_platforms=("cuda",))
+    return stream_programs._graphs_for(lowered, options)[GRAPHS].split(",")
+
+  assert "CONVOLUTION" in commands(program)
+  plain = commands(lambda query, length: query * length[0])
+  assert "CONVOLUTION" not in plain
+  assert "CONDITIONAL" in plain
+  graphless = stream_programs.GPU_OPTIONS
+  assert stream_programs._graphs_for(None, graphless) == graphless
 
 
 @pytest.mark.parametrize(

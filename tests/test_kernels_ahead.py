@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from point3r_jax import kernels_ahead
-from point3r_jax.kernels_ahead import compile_kernels, find_kernels
+from point3r_jax.kernels_ahead import compile_kernels, find_kernels, has_kernels
 from point3r_jax.models.hopper_attention import hopper_attention
 
 
@@ -38,6 +38,7 @@ def lowered():
 
 
 def test_each_kernel_is_found_once(lowered):
+  assert has_kernels(lowered)
   kernels = find_kernels(lowered)
   lengths = 2 * [jax.ShapeDtypeStruct((1,), jnp.int32)]
   assert sorted(kernel.operands[3].shape[1] for kernel in kernels) == [128, 256]
@@ -97,3 +98,4 @@ def test_all_of_them_are_compiled(lowered, monkeypatch):
 def test_programs_without_any():
   lowered = jax.jit(jnp.sin).lower(1.0)
   assert find_kernels(lowered) == compile_kernels(lowered) == []
+  assert not has_kernels(lowered)

@@ -18,6 +18,9 @@ from point3r_jax.gpu_options import (
   GPU_OPTIONS,
   GRAPH_COMMANDS,
   GRAPHS,
+  kernels_load_at_the_start,
+  leave_out_convolutions,
+  load_convolutions,
   suit_devices,
 )
 from point3r_jax.lowered_programs import lower_once
@@ -68,6 +71,8 @@ def compiler_options(
     "xla_disable_hlo_passes": "dynamic-slice-annotator",
     "xla_gpu_enable_dynamic_slice_fusion": False,
   }
+  if not kernels_load_at_the_start():
+    options = leave_out_convolutions(options)
   return suit_devices(options, devices)
 
 
@@ -136,6 +141,7 @@ def _compile_step(
   compiled = lower_step(experiment, shape, keep=True).compile(
     compiler_options(experiment.config.cuda_graphs, experiment.mesh.size)
   )
+  load_convolutions()
   _log.info(
     "compiled the step for %d views of %dx%d in %.0f s",
     views,
