@@ -242,7 +242,9 @@ class Experiment:
   @functools.cached_property
   def optimizer(self) -> optax.GradientTransformation:
     """The gradient transformation."""
-    return make_optimizer(self.step.optimizer, self.step.steps_per_epoch)
+    return make_optimizer(
+      self.step.optimizer, self.step.steps_per_epoch, self.rules
+    )
 
   @property
   def rules(self) -> Rules:

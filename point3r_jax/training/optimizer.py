@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from point3r_jax.training.sharding import RULES, Rules, global_norm
+
 OPTIMIZERS = ("adamw", "muon")
 
 # Muon's updates are as large as AdamW's usually are: one learning rate suits
@@ -148,12 +150,29 @@ def _descent(
   return optax.partition({"matrix": muon, "other": adamw}, _kinds)
 
 
+def _clip(largest: float, rules: Rules) -> optax.GradientTransformation:
+  """Scales updates of a larger global norm down to it."""
+
+  def update(updates, params):
+    del params
+    scale = largest / jnp.maximum(global_norm(updates, rules), largest)
+    return jax.tree.map(lambda x: scale * x, updates)
+
+  return optax.stateless(update)
+
+
 def make_optimizer(
-  options: OptimizerOptions, steps_per_epoch: int
+  options: OptimizerOptions, steps_per_epoch: int, rules: Rules = RULES
 ) -> optax.GradientTransformation:
-  """Returns it behind a clip of the global norm, accumulating if asked."""
+  """Returns it behind a clip of the global norm, accumulating if asked.
+
+  Args:
+    options: its numbers.
+    steps_per_epoch: batches in an epoch.
+    rules: where parameters live on a mesh.
+  """
   optimizer = optax.chain(
-    optax.clip_by_global_norm(options.clip_norm),
+    _clip(options.clip_norm, rules),
     _descent(options, steps_per_epoch),
   )
   if options.accumulate > 1:

@@ -16,6 +16,7 @@ from typing import Any
 
 import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import mesh_utils
@@ -140,17 +141,18 @@ def _gather(x: jax.Array, spec: PartitionSpec, dtype: Any) -> jax.Array:
     return x.astype(dtype)
   axis, before = spec.index("fsdp"), x.dtype
 
+  # Parts are sent whole, one after the other. For GPUs XLA gathers and scatters
+  # along the axis that comes first in memory: were it this one, parameters and
+  # the optimiser's state would be transposed, and back, for their gradients.
   @jax.custom_vjp
   def gather(x):
-    return jax.lax.all_gather(x.astype(dtype), "fsdp", axis=axis, tiled=True)
+    parts = jax.lax.all_gather(x.astype(dtype), "fsdp")
+    return jax.lax.collapse(jnp.moveaxis(parts, 0, axis), axis, axis + 2)
 
   def backward(_, gradient):
-    gradient = gradient.astype(before)
-    return (
-      jax.lax.psum_scatter(
-        gradient, "fsdp", scatter_dimension=axis, tiled=True
-      ),
-    )
+    split = gradient.reshape(*x.shape[:axis], -1, *x.shape[axis:])
+    parts = jnp.moveaxis(split.astype(before), axis, 0)
+    return (jax.lax.psum_scatter(parts, "fsdp"),)
 
   gather.defvjp(lambda x: (gather(x), None), backward)
   return gather(x)
@@ -201,6 +203,31 @@ def param_shardings(mesh: Mesh, params: Any, rules: Rules = RULES) -> Any:
   """
   specs = _param_specs(mesh.shape["fsdp"], params, rules)
   return jax.tree.map(functools.partial(NamedSharding, mesh), specs)
+
+
+def global_norm(tree: Any, rules: Rules = RULES) -> jax.Array:
+  """Returns the norm of all arrays of a tree that lives where parameters do.
+
+  Devices add up what they have before sums cross devices, in one. Left to XLA
+  each parameter's sum crosses by itself; and as some wait for sums of gradients
+  and others do not, it joins few of either.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return optax.tree.norm(tree)
+  specs = jax.tree.leaves(_param_specs(mesh.shape["fsdp"], tree, rules))
+  split, whole = [], []
+  for x, spec in zip(jax.tree.leaves(tree), specs, strict=True):
+    (split if "fsdp" in spec else whole).append(x)
+  square = optax.tree.norm(whole, squared=True)
+  if split:
+    square += jax.shard_map(
+      lambda parts: jax.lax.psum(optax.tree.norm(parts, squared=True), "fsdp"),
+      in_specs=([spec for spec in specs if "fsdp" in spec],),
+      out_specs=PartitionSpec(),
+      check_vma=False,
+    )(split)
+  return jnp.sqrt(square)
 
 
 def optimizer_shardings(

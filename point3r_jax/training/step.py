@@ -24,7 +24,12 @@ from point3r_jax.training.optimizer import (
   split_frozen,
 )
 from point3r_jax.training.rollout import RolloutOptions, rollout
-from point3r_jax.training.sharding import RULES, Rules, on_each_part
+from point3r_jax.training.sharding import (
+  RULES,
+  Rules,
+  global_norm,
+  on_each_part,
+)
 from point3r_jax.training.state import TrainState
 
 # The (B,) flags of a batch that decide how its samples count in the loss.
@@ -125,7 +130,7 @@ def train_step(
   (loss, (parts, _)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
     trained
   )
-  norm = optax.tree.norm(gradient)
+  norm = global_norm(gradient, config.rules)
   finite = jnp.isfinite(loss) & jnp.isfinite(norm)
   updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
   updated = optax.apply_updates(trained, updates)

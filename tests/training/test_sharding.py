@@ -91,7 +91,15 @@ def test_loss_and_gradient_are_those_of_one_device(freeze, shape):
   # Parameters are gathered and gradients summed; memories, tokens and images
   # stay where they are.
   moved = re.findall(r"(\S+) = (\S+) (all-gather|all-to-all)[-a-z]*\(", program)
-  sizes = {tuple(x.shape) for x in jax.tree.leaves(param_shapes(CONFIG.model))}
+  shapes = param_shapes(CONFIG.model)
+  sizes = {
+    (shape[1], *shards.shard_shape(x.shape))
+    for x, shards in zip(
+      jax.tree.leaves(shapes),
+      jax.tree.leaves(param_shardings(make_mesh(*shape), shapes)),
+      strict=True,
+    )
+  }
   for name, array, kind in moved:
     dimensions = tuple(map(int, re.findall(r"\d+", array.split("{")[0])[1:]))
     assert kind == "all-gather" and dimensions in sizes, (name, array)
@@ -153,7 +161,7 @@ def test_what_is_sent_is_cast_and_what_is_summed_is_not(shape, rules):
   sent = re.findall(r":(\w+)\[[\d,]*\] = (all_gather|reduce_scatter)\[", jaxpr)
   split = rules is sharding.RULES and shape[1] > 1
   both = [("bf16", "all_gather"), ("f32", "reduce_scatter")]
-  assert sent == (both if split else [])
+  assert sorted(sent) == (both if split else [])
   rounded = kernel.astype(jnp.bfloat16).astype(np.float32)
   # bfloat16 holds each device's gradient, but not their sum, nor that of four.
   total = 2 * arrays.sum()
@@ -162,6 +170,23 @@ def test_what_is_sent_is_cast_and_what_is_summed_is_not(shape, rules):
   np.testing.assert_array_equal(
     gradient["linear"]["kernel"], np.full((64, 32), total)
   )
+
+
+@pytest.mark.parametrize("rules", [sharding.RULES, [(".*", "replicate")]])
+def test_of_a_norm_one_number_is_sent(rules):
+  rng = np.random.default_rng(0)
+  shapes = {"kernel": (64, 32), "stack": (3, 16, 64), "bias": (32,)}
+  tree = {k: rng.normal(size=x).astype(np.float32) for k, x in shapes.items()}
+  mesh = make_mesh(2, 4)
+  placed = jax.device_put(tree, param_shardings(mesh, tree, rules))
+  norm = functools.partial(sharding.global_norm, rules=rules)
+  with jax.set_mesh(mesh):
+    compiled = jax.jit(norm).lower(placed).compile()
+  np.testing.assert_allclose(compiled(placed), optax.tree.norm(tree), rtol=1e-6)
+  sent = count_collectives(compiled.as_text()).traffic
+  if rules is sharding.RULES:
+    assert sent.pop("all-reduce").bytes == 4
+  assert not sent
 
 
 def test_parameters_are_split_along_their_largest_dimension():
