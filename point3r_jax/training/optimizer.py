@@ -151,7 +151,7 @@ def _descent(
 
 
 def _clip(largest: float, rules: Rules) -> optax.GradientTransformation:
-  """Scales updates of a larger global norm down to it."""
+  """`optax.clip_by_global_norm` with a norm that crosses devices as one."""
 
   def update(updates, params):
     del params
