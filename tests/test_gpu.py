@@ -201,7 +201,7 @@ def test_new_pointers_wait_for_the_world_points_alone():
 
 _OPEN_A_STREAM = """
 import sys, numpy as np, point3r_jax as p3r
-config = p3r.preset("small")
+config = p3r.preset("tiny")
 params = p3r.init_params(config)
 stream = p3r.Stream(config, params, (96, 128), attention=sys.argv[1])
 images = np.random.default_rng(0).integers(0, 256, (3, 96, 128, 3), np.uint8)
