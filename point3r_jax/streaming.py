@@ -74,11 +74,11 @@ class StepOptions:
       saves the camera head; "camera" saves nothing but the copy, for pointers
       are made of world points.
     remat: for training, what the backward pass computes again instead of
-      keeping it: "none", "elementwise" (all of a block but linear maps, cuDNN's
-      attention and norms without parameters) or "blocks" (all but the blocks'
-      inputs, and the dense heads). None is for inference: there are
-      derivatives, but under bfloat16 those of GELU's form with tanh, and slower
-      ones.
+      keeping it: "none", "elementwise" (all of a block but linear maps, what
+      attends, cuDNN's attention and norms without parameters) or "blocks" (all
+      but the blocks' inputs, and the dense heads). None is for inference: there
+      are derivatives, but under bfloat16 those of GELU's form with tanh, and
+      slower ones.
   """
 
   precision: str | Precision | None = None

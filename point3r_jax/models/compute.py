@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from point3r_jax.models.attention import attention
 from point3r_jax.precision import Precision
@@ -17,16 +18,22 @@ from point3r_jax.precision import Precision
 # names; or whole blocks and the dense heads.
 REMAT = ("none", "elementwise", "blocks")
 
-# Name of a block's normalised inputs, for what is kept.
+# Names, for what is kept, of a block's normalised inputs and of what attends.
 NORMED = "normed"
+ATTENDING = "attending"
 
 
 def _keep(primitive: Any, *operands, **params) -> bool:
-  """Keeps linear maps, norms that only normalise, and cuDNN's attention."""
+  """Keeps linear maps, norms that only normalise, cuDNN's attention.
+
+  And its operands, instead of the linear maps that they are rotated from, which
+  then nothing asks for.
+  """
   policies = jax.checkpoint_policies
+  named = policies.save_only_these_names(NORMED, ATTENDING)
   return (
     policies.dots_with_no_batch_dims_saveable(primitive, *operands, **params)
-    or policies.save_only_these_names(NORMED)(primitive, *operands, **params)
+    or named(primitive, *operands, **params)
     or primitive.name.startswith("dot_product_attention_fwd")
   )
 
@@ -137,6 +144,9 @@ class Compute:
     value_head: int = 0,
   ) -> jax.Array:
     """Runs `models.attention` as chosen; see there for the arguments."""
+    query, key, value = (
+      checkpoint_name(x, ATTENDING) for x in (query, key, value)
+    )
     return attention(
       query,
       key,

@@ -272,6 +272,22 @@ def test_cpus_sum_in_float32_what_is_not_kept(
   assert compute.inner_sums == sums
 
 
+@pytest.mark.parametrize(("remat", "kept"), [("elementwise", 3), ("blocks", 0)])
+def test_a_block_keeps_what_attends_and_not_what_it_is_made_of(remat, kept):
+  compute = Compute(get_precision("bfloat16"), remat=remat)
+  block = compute.remat_block(layers.EncoderBlock)(4, 4, compute)
+  x = jnp.ones((2, 6, 64))
+  table = rotary_2d((2, 3), 16)
+  params = block.init(jax.random.key(0), x, table)
+  pullback = jax.eval_shape(
+    lambda: jax.vjp(lambda params: block.apply(params, x, table), params)[1]
+  )
+  shapes = [x.shape for x in jax.tree.leaves(pullback)]
+  queries, product = (2, 6, 4, 16), (2, 6, 3 * 64)
+  assert shapes.count(queries) == kept
+  assert product not in shapes
+
+
 def test_linear_rounds_its_result_once_where_sums_are_float32():
   rng = np.random.default_rng(0)
   x, kernel, bias = (
