@@ -25,14 +25,11 @@ from ml_collections import ConfigDict
 
 from benchmarks.profiling import profile
 from configs import stage1_224, stage2_512, stage3_long, synthetic_tiny
-from point3r_jax.gpu_options import (
-  load_convolutions,
-  load_kernels_at_the_start,
-)
+from point3r_jax.gpu_options import load_kernels_at_the_start
 from point3r_jax.params import init_params, param_shapes
 from point3r_jax.training.experiment import Experiment, open_experiment
 from point3r_jax.training.plan import step_flops
-from point3r_jax.training.programs import compiler_options, lower_step
+from point3r_jax.training.programs import compile_step
 from point3r_jax.training.sharding import batch_sharding
 from point3r_jax.training.step import FLAGS
 
@@ -126,14 +123,10 @@ def measure(experiment: Experiment, flags: argparse.Namespace) -> dict:
   config, mesh = experiment.config, experiment.mesh
   (image_size,) = config.image_sizes
   started = time.perf_counter()
-  compiled = lower_step(experiment, (config.views, *image_size)).compile(
-    {
-      **(compiler_options(config.cuda_graphs, mesh.size) or {}),
-      **dict(flags.xla),
-    }
+  compiled = compile_step(
+    experiment, (config.views, *image_size), options=dict(flags.xla)
   )
   compile_seconds = time.perf_counter() - started
-  load_convolutions()
 
   state = experiment.maker.init(init_params(experiment.step.model))
   batch = random_batch(config.batch_size, config.views, image_size)

@@ -8,7 +8,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -126,7 +126,29 @@ def lower_step(
     )
 
 
-def _compile_step(
+def compile_step(
+  experiment: Experiment,
+  shape: Shape,
+  keep: bool = False,
+  options: Mapping[str, bool | int | str] | None = None,
+) -> jax.stages.Compiled:
+  """Compiles the training step, to be run by this process's devices.
+
+  Args:
+    experiment: the run.
+    shape: of the sequences.
+    keep: see `lower_step`.
+    options: XLA's, beside or instead of `compiler_options`.
+  """
+  config = experiment.config
+  usual = compiler_options(config.cuda_graphs, experiment.mesh.size) or {}
+  lowered = lower_step(experiment, shape, keep)
+  compiled = lowered.compile({**usual, **(options or {})} or None)
+  load_convolutions()
+  return compiled
+
+
+def _compile_and_log(
   experiment: Experiment, shape: Shape, reason: str
 ) -> jax.stages.Compiled:
   views, height, width = shape
@@ -138,10 +160,7 @@ def _compile_step(
     reason,
   )
   started = time.monotonic()
-  compiled = lower_step(experiment, shape, keep=True).compile(
-    compiler_options(experiment.config.cuda_graphs, experiment.mesh.size)
-  )
-  load_convolutions()
+  compiled = compile_step(experiment, shape, keep=True)
   _log.info(
     "compiled the step for %d views of %dx%d in %.0f s",
     views,
@@ -188,7 +207,7 @@ class Programs:
   ) -> concurrent.futures.Future[jax.stages.Compiled]:
     if shape not in self._programs:
       self._programs[shape] = self._executor.submit(
-        _compile_step, self._experiment, shape, reason
+        _compile_and_log, self._experiment, shape, reason
       )
       self._programs[shape].add_done_callback(
         functools.partial(_log_failure, shape)

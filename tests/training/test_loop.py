@@ -42,7 +42,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 @pytest.fixture(autouse=True, scope="module")
 def environment():
   """Knows the micro model; compiles a step once for all runs of this file."""
-  compile_step, compiled = programs._compile_step, {}
+  compile_step, compiled = programs._compile_and_log, {}
 
   def compile_once(experiment, shape, reason):
     optimizer = experiment.config.optimizer.to_json_best_effort()
@@ -53,7 +53,7 @@ def environment():
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(PRESETS, "micro", micro.CONFIG)
-    patch.setattr(programs, "_compile_step", compile_once)
+    patch.setattr(programs, "_compile_and_log", compile_once)
     yield
 
 
