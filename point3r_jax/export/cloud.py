@@ -92,24 +92,24 @@ def _average(
   """
   # The stable kind profits from the ascending runs of keys along an image row.
   order = np.argsort(key, kind="stable")
-  key = key[order]
-  first = np.concatenate([[0], np.flatnonzero(key[1:] != key[:-1]) + 1])
+  key = key.take(order)
+  changed = key[1:] != key[:-1]
+  first = np.concatenate([[0], np.flatnonzero(changed) + 1])
   ends = np.append(first[1:], len(key))
   total = np.empty(len(first), np.int64)
   means = [np.empty(len(first), np.float32) for _ in channels]
   for start in range(0, len(first), _BLOCK):
     block = slice(start, start + _BLOCK)
     begin, stop = first[start], ends[block][-1]
-    rows, within = order[begin:stop], first[block] - begin
-    if count is None:
-      weight, total[block] = None, ends[block] - first[block]
-    else:
-      weight = count[rows]
-      total[block] = np.add.reduceat(weight, within)
+    rows = order[begin:stop]
+    voxel = np.cumsum(np.concatenate([[0], changed[begin : stop - 1]]))
+    weight = None if count is None else count.take(rows)
+    # In float64. `np.add.reduceat` would keep other threads from running.
+    total[block] = np.bincount(voxel, weight)
     for mean, channel in zip(means, channels, strict=True):
-      values = channel[rows] if weight is None else channel[rows] * weight
-      sums = np.add.reduceat(values, within, dtype=np.float64)
-      mean[block] = sums / total[block]
+      values = channel.take(rows)
+      values = values if weight is None else values * weight
+      mean[block] = np.bincount(voxel, values) / total[block]
   return _Voxels(key[first], total, means)
 
 
