@@ -29,8 +29,10 @@ _CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
-# For `forked_writers`.
-multiprocessing.set_forkserver_preload(["point3r_jax.export.scene_process"])
+# What tests run in processes of their own: importing JAX takes seconds.
+multiprocessing.set_forkserver_preload(
+  ["point3r_jax.export.scene_process", "point3r_jax.cli.train"]
+)
 
 
 @pytest.fixture(autouse=True, scope="session")
