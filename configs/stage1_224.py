@@ -8,7 +8,7 @@ The published run: 8 GPUs, 16 sequences each, 781 steps an epoch, 100 epochs.
 Expected: weights that know pointers, at this size and for short sequences, to
 begin stage 2 with. Of this stage no scores are known, the published ones being
 of the released weights; with data it was not run here. A step with one GPU's 16
-sequences takes 324 ms on an H200 (benchmarks/README.md; bfloat16): at that rate
+sequences takes 302 ms on an H200 (benchmarks/README.md; bfloat16): at that rate
 7 hours on eight.
 """
 
@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
   c.epochs = 100
   c.loader.workers = 24  # Published for each GPU; here of a process.
   c.rollout.fusion = False
+  c.rollout.remat = "merged"
   c.loss.per_sample = False
   c.optimizer.lr, c.optimizer.min_lr = 5e-5, 1e-6
   c.optimizer.warmup_epochs = 5.0

@@ -15,8 +15,9 @@ from point3r_jax.models.attention import attention
 from point3r_jax.precision import Precision
 
 # What a backward pass computes again: nothing; all of a block but what `_keep`
-# names; or whole blocks and the dense heads.
-REMAT = ("none", "elementwise", "blocks")
+# names, as the compiler sees fit or in any case; or whole blocks and the dense
+# heads.
+REMAT = ("none", "merged", "elementwise", "blocks")
 
 # Names, for what is kept, of a block's normalised inputs and of what attends.
 NORMED = "normed"
@@ -173,8 +174,9 @@ class Compute:
     """
     if self.keeps_all:
       return block if scanned else _traced_once(block)
+    apart = not scanned and self.remat != "merged"
     keep = None if self.remat == "blocks" else _keep
-    return nn.remat(block, prevent_cse=not scanned, policy=keep)
+    return nn.remat(block, prevent_cse=apart, policy=keep)
 
   def remat_dense(self, head: type[nn.Module]) -> type[nn.Module]:
     """Returns a dense head that keeps nothing where blocks do not, either."""

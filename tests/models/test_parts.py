@@ -272,7 +272,9 @@ def test_cpus_sum_in_float32_what_is_not_kept(
   assert compute.inner_sums == sums
 
 
-@pytest.mark.parametrize(("remat", "kept"), [("elementwise", 3), ("blocks", 0)])
+@pytest.mark.parametrize(
+  ("remat", "kept"), [("merged", 3), ("elementwise", 3), ("blocks", 0)]
+)
 def test_a_block_keeps_what_attends_and_not_what_it_is_made_of(remat, kept):
   compute = Compute(get_precision("bfloat16"), remat=remat)
   block = compute.remat_block(layers.EncoderBlock)(4, 4, compute)
@@ -286,6 +288,27 @@ def test_a_block_keeps_what_attends_and_not_what_it_is_made_of(remat, kept):
   queries, product = (2, 6, 4, 16), (2, 6, 3 * 64)
   assert shapes.count(queries) == kept
   assert product not in shapes
+
+
+@pytest.mark.parametrize(
+  ("remat", "scanned", "apart"),
+  [
+    ("merged", False, False),
+    ("elementwise", False, True),
+    ("elementwise", True, False),
+    ("blocks", False, True),
+  ],
+)
+def test_what_is_computed_again_is_kept_apart(remat, scanned, apart):
+  """From its first computation: the compiler would merge them."""
+  compute = Compute(get_precision("float32"), remat=remat)
+  block = compute.remat_block(layers.EncoderBlock, scanned)(4, 4, compute)
+  x = jnp.ones((2, 6, 64))
+  table = rotary_2d((2, 3), 16)
+  params = block.init(jax.random.key(0), x, table)
+  gradient = jax.grad(lambda params: block.apply(params, x, table).sum())
+  lowered = jax.jit(gradient).lower(params).as_text()
+  assert ("optimization_barrier" in lowered) == apart
 
 
 def test_linear_rounds_its_result_once_where_sums_are_float32():
