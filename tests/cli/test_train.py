@@ -1,6 +1,5 @@
 """train.py's flags: what is wrong with them is one line."""
 
-import contextlib
 import multiprocessing
 import os
 import pathlib
@@ -16,15 +15,12 @@ SYNTHETIC = "--config=configs/synthetic_tiny.py"
 
 def run_script(arguments: list[str], output: pathlib.Path) -> None:
   """Runs train.py in this process, which ends; its output goes to files."""
+  for stream in ("stdout", "stderr"):  # Libraries', too, not only Python's.
+    with open(output / stream, "wb") as file:
+      os.dup2(file.fileno(), getattr(sys, stream).fileno())
   sys.argv = ["train.py", *arguments]
   os.chdir(ROOT)
-  with (
-    open(output / "stdout", "w") as stdout,
-    open(output / "stderr", "w") as stderr,
-    contextlib.redirect_stdout(stdout),
-    contextlib.redirect_stderr(stderr),
-  ):
-    runpy.run_path("train.py", run_name="__main__")
+  runpy.run_path("train.py", run_name="__main__")
 
 
 @pytest.mark.parametrize(
