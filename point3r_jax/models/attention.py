@@ -11,14 +11,20 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 IMPLEMENTATIONS = ("auto", "xla", "blocks", "cudnn", "hopper", "tpu")
 
-# Channels of a head that GPUs' kernels take: multiples of these, and up to.
+# The name of what kernels of ours give, for a backward pass that keeps it.
+ATTENDED = "attended"
+
+# Channels of a head that GPUs' kernels take: multiples of these, and up to; the
+# last one with a backward pass.
 _CUDNN_CHANNELS = 8
 _HOPPER_CHANNELS = 16
 _MOST_HOPPER_CHANNELS = 128
+_MOST_HOPPER_CHANNELS_BACKWARD = 64
 
 # Tokens come in blocks of so many. JAX's cuDNN attention has no gradient for
 # odd numbers of them.
@@ -27,8 +33,11 @@ _TOKENS = {"blocks": 1, "cudnn": 2, "hopper": 8, "tpu": 128}
 # Queries of a block of "blocks".
 _BLOCK = 128
 
+# The compute capability of the GPUs that "hopper" is for.
+HOPPER = "9.0"
 
-def _choose(query: jax.Array, forward_only: bool) -> str:
+
+def _choose(query: jax.Array, key: jax.Array, forward_only: bool) -> str:
   """Returns the kernel that suits the default device and these operands."""
   backend, channels = jax.default_backend(), query.shape[-1]
   if backend == "tpu":
@@ -40,8 +49,14 @@ def _choose(query: jax.Array, forward_only: bool) -> str:
     return "xla"
   # Only CUDA devices have one.
   capability = getattr(jax.devices()[0], "compute_capability", "")
-  suits = channels % _HOPPER_CHANNELS == 0 and channels <= _MOST_HOPPER_CHANNELS
-  return "hopper" if forward_only and capability == "9.0" and suits else "cudnn"
+  if capability != HOPPER or channels % _HOPPER_CHANNELS:
+    return "cudnn"
+  if forward_only:
+    return "hopper" if channels <= _MOST_HOPPER_CHANNELS else "cudnn"
+  # Padding would take what the kernel gains.
+  whole = all(x.shape[1] % _TOKENS["hopper"] == 0 for x in (query, key))
+  suits = whole and channels <= _MOST_HOPPER_CHANNELS_BACKWARD
+  return "hopper" if suits else "cudnn"
 
 
 def attention(
@@ -67,12 +82,12 @@ def attention(
       where they are.
     implementation: "xla" (any type), "blocks" (the same for a block of queries
       at a time, for CPUs), "cudnn" (bfloat16 or float16, d a multiple of 8),
-      "hopper" (a kernel of ours for these GPUs: the same types, d a multiple of
-      16 up to 128), "tpu" (Pallas flash attention) or "auto" (by device and
-      type).
+      "hopper" (kernels of ours for these GPUs: the same types, d a multiple of
+      16 up to 128), "tpu" (Pallas flash attention) or "auto" (by device, type
+      and shapes).
     forward_only: whether no derivative is to come, for "auto": those of
-      "blocks" and "hopper" are XLA's and cuDNN's, which then run their own
-      forward passes, too.
+      "blocks", and of "hopper" if d is above 64, are XLA's and cuDNN's, which
+      then run their own forward passes, too.
 
   Returns:
     (B, N, heads, d) in the query's type; finite and without meaning beyond the
@@ -87,7 +102,7 @@ def attention(
       f"there are {IMPLEMENTATIONS}"
     )
   if implementation == "auto":
-    implementation = _choose(query, forward_only)
+    implementation = _choose(query, key, forward_only)
   if implementation != "hopper" or key.shape[1] == 1:
     value = value[:, :, value_head : value_head + query.shape[2]]
     value_head = 0
@@ -107,7 +122,9 @@ def attention(
   )
   if key_length is None and key.shape[1] != num_keys:
     key_length = jnp.full(key.shape[:1], num_keys, jnp.int32)
-  own = {"blocks": _blocks, "hopper": _hopper}.get(implementation)
+  wide = query.shape[-1] > _MOST_HOPPER_CHANNELS_BACKWARD
+  hopper = _wide_hopper if wide else _hopper
+  own = {"blocks": _blocks, "hopper": hopper}.get(implementation)
   if own is not None:
     lengths = (
       jnp.full(x.shape[:1], x.shape[1], jnp.int32) if length is None else length
@@ -182,14 +199,43 @@ def _with_derivatives_of(
   return decorate
 
 
-@_with_derivatives_of("cudnn")
-def _hopper(value_head, *operands):
+def _run_hopper(value_head, *operands, **options):
   """`hopper_attention`, for a mesh, too."""
   # JAX does not have it for all platforms.
   from point3r_jax.models.hopper_attention import hopper_attention
 
-  kernel = functools.partial(hopper_attention, value_head=value_head)
+  kernel = functools.partial(
+    hopper_attention, value_head=value_head, **options
+  )
   return _divide_batch(kernel)(*operands)
+
+
+_hopper = jax.custom_vjp(_run_hopper, nondiff_argnums=(0,))
+_wide_hopper = _with_derivatives_of("cudnn")(_run_hopper)
+
+
+def _hopper_forward(value_head, *operands):
+  kept = _run_hopper(value_head, *operands, keep_log_sum=True)
+  output, log_sum = (checkpoint_name(x, ATTENDED) for x in kept)
+  return output, (operands, output, log_sum)
+
+
+def _hopper_backward(value_head, kept, gradient):
+  from point3r_jax.models.hopper_attention_gradient import (
+    hopper_attention_gradient,
+  )
+
+  (query, key, value, _, key_length), output, log_sum = kept
+  value, everywhere = jax.vjp(
+    lambda x: x[:, :, value_head : value_head + query.shape[2]], value
+  )
+  of_query, of_key, of_value = _divide_batch(hopper_attention_gradient)(
+    query, key, value, key_length, output, log_sum, gradient
+  )
+  return of_query, of_key, *everywhere(of_value), None, None
+
+
+_hopper.defvjp(_hopper_forward, _hopper_backward)
 
 
 @_with_derivatives_of("xla")

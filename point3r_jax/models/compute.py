@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from point3r_jax.models.attention import attention
+from point3r_jax.models.attention import ATTENDED, attention
 from point3r_jax.precision import Precision
 
 # What a backward pass computes again: nothing; all of a block but what `_keep`
@@ -25,13 +25,13 @@ ATTENDING = "attending"
 
 
 def _keep(primitive: Any, *operands, **params) -> bool:
-  """Keeps linear maps, norms that only normalise, cuDNN's attention.
+  """Keeps linear maps, norms that only normalise, attention on GPUs.
 
   And its operands, instead of the linear maps that they are rotated from, which
   then nothing asks for.
   """
   policies = jax.checkpoint_policies
-  named = policies.save_only_these_names(NORMED, ATTENDING)
+  named = policies.save_only_these_names(NORMED, ATTENDING, ATTENDED)
   return (
     policies.dots_with_no_batch_dims_saveable(primitive, *operands, **params)
     or named(primitive, *operands, **params)
@@ -102,7 +102,8 @@ class Compute:
   def token_block(self) -> int:
     """Tokens of a stream come in multiples of this, the last ones padding.
 
-    Products in 16 bits want eights; otherwise each would pad by itself.
+    Products and attention in 16 bits want eights; otherwise each would pad by
+    itself.
     """
     return 1 if self.dtype == jnp.float32 else 8
 

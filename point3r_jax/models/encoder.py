@@ -52,11 +52,9 @@ class VisionTransformer(nn.Module):
       patchify(image, self.patch_size)
     )
     rotary = rotary_2d(grid, self.width // self.heads)
-    tokens, length = x.shape[1], None
-    # Batches of training are whole blocks of rows without.
-    if self.compute.forward_only:
-      x, padding, length = self.compute.pad_tokens(x)
-      rotary = surround_by_identity(rotary, 0, padding)
+    tokens = x.shape[1]
+    x, padding, length = self.compute.pad_tokens(x)
+    rotary = surround_by_identity(rotary, 0, padding)
 
     def block(name: str) -> EncoderBlock:
       encoder_block = self.compute.remat_block(EncoderBlock, self.scan_layers)

@@ -18,8 +18,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-# Queries of a warpgroup, steps whose keys are in flight.
-_QUERIES = 64
+# Rows of a warpgroup's matrix products, here queries; steps whose keys are in
+# flight.
+ROWS = 64
 _STAGES = 2
 # Of the largest Hopper GPUs, if the device is none.
 _MULTIPROCESSORS = 132
@@ -47,7 +48,7 @@ class _Form(NamedTuple):
 
   def blocks(self, queries: int) -> int:
     """Returns how many blocks so many queries of a head make."""
-    return -(-queries // (self.computing * _QUERIES))
+    return -(-queries // (self.computing * ROWS))
 
   def time(self, heads: int, queries: int, multiprocessors: int) -> float:
     """Returns what attention takes: whole turns of all multiprocessors."""
@@ -59,6 +60,7 @@ _FORMS = (
   _Form(3, 128, 128, (160, 32), 4.0),
   _Form(2, 128, 128, (232, 40), 3.0),
   _Form(5, 64, 48, (88, 40), 7.0),
+  _Form(4, 64, 64, (112, 32), 5.5),
 )
 
 
@@ -75,8 +77,11 @@ def _choose(heads: int, queries: int, channels: int) -> _Form:
   return min(forms, key=lambda form: form.time(heads, queries, cores))
 
 
-_TILE = plgpu.Layout.WGMMA
-_ROW = plgpu.Layout.WGMMA.reduce(1)
+TILE = plgpu.Layout.WGMMA
+ROW = TILE.reduce(1)
+COMPILER = plgpu.CompilerParams(
+  approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+)
 
 
 def _kernel(
@@ -86,6 +91,7 @@ def _kernel(
   key,
   value,
   output,
+  log_sum=None,
   *,
   form,
   value_head,
@@ -97,10 +103,11 @@ def _kernel(
   value_ready,
   key_read,
   value_read,
+  log_sum_tiles=None,
 ):
   """What a block of warpgroups does.
 
-  All arguments are references: the operands and the result in global memory,
+  All arguments are references: the operands and the results in global memory,
   then tiles of them in shared memory, the computing warpgroups' queries and the
   keys and values of `_STAGES` steps, and barriers. What is `ready` has arrived
   in its tile; where all warpgroups have `read`, the next may come.
@@ -108,7 +115,7 @@ def _kernel(
   batch, head = lax.axis_index("batch"), lax.axis_index("head")
   warpgroup = lax.axis_index("warpgroup")
   computing, channels = form.computing, query_tiles.shape[-1]
-  first = lax.axis_index("tile") * (computing * _QUERIES)
+  first = lax.axis_index("tile") * (computing * ROWS)
   # Queries beyond their length see no keys, and zeros come out.
   keys = jnp.where(first < query_length[batch], key_length[batch], 0)
   steps = pl.cdiv(keys, jnp.int32(form.keys))
@@ -118,7 +125,7 @@ def _kernel(
 
   def compute():
     plgpu.set_max_registers(form.registers[0], action="increase")
-    rows = pl.ds(first + warpgroup * _QUERIES, _QUERIES)
+    rows = pl.ds(first + warpgroup * ROWS, ROWS)
     tile = query_tiles.at[warpgroup]
     scale = channels**-0.5 * math.log2(math.e)  # The hardware knows exp2.
     plgpu.copy_gmem_to_smem(
@@ -135,7 +142,7 @@ def _kernel(
 
       def mask(scores):
         column = plgpu.broadcasted_iota(
-          jnp.int32, scores.shape, 1, layout=_TILE
+          jnp.int32, scores.shape, 1, layout=TILE
         )
         return jnp.where(step * form.keys + column < keys, scores, -jnp.inf)
 
@@ -144,7 +151,7 @@ def _kernel(
 
       plgpu.barrier_wait(key_ready.at[slot(step)])
       scores = pl.run_scoped(
-        multiply_keys, plgpu.ACC((_QUERIES, form.keys), jnp.float32)
+        multiply_keys, plgpu.ACC((ROWS, form.keys), jnp.float32)
       )
       plgpu.barrier_arrive(key_read.at[slot(step)])
       beyond = (step + 1) * form.keys > keys
@@ -168,16 +175,22 @@ def _kernel(
       return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
     carry = (
-      fill((_QUERIES, channels), 0.0, _TILE),
-      fill((_QUERIES,), -jnp.inf, _ROW),
-      fill((_QUERIES,), 0.0, _ROW),
+      fill((ROWS, channels), 0.0, TILE),
+      fill((ROWS,), -jnp.inf, ROW),
+      fill((ROWS,), 0.0, ROW),
     )
-    total, _, norm = lax.fori_loop(0, steps, attend, carry)
+    total, peak, norm = lax.fori_loop(0, steps, attend, carry)
     factor = 1 / (norm + float(jnp.finfo(jnp.float32).tiny))
     total *= lax.broadcast_in_dim(factor, total.shape, [0])
     tile[...] = total.astype(tile.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(tile, output.at[batch, rows, head])
+    if log_sum is not None:
+      sums = log_sum_tiles.at[warpgroup]
+      # Without keys infinite, so that weights are zero in the backward pass.
+      sums[...] = jnp.where(norm > 0, peak + jnp.log2(norm), jnp.inf)
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(sums, log_sum.at[batch, head, rows])
     plgpu.wait_smem_to_gmem(0)
 
   def fetch_for_them():
@@ -206,18 +219,32 @@ def _kernel(
   lax.cond(warpgroup < computing, compute, fetch_for_them)
 
 
-def _shared(shape: tuple[int, ...], dtype: jnp.dtype) -> plgpu.SMEM:
-  """Returns shared memory that matrix units can read."""
+def shared_tiles(
+  shape: tuple[int, ...], dtype: jnp.dtype, swizzle: int | None = None
+) -> plgpu.SMEM:
+  """Returns shared memory that matrix units can read.
+
+  Args:
+    shape: of all tiles, the last two axes of one.
+    dtype: of 16 bits.
+    swizzle: bytes of a row within which these are exchanged; None: as many as
+      divide it.
+  """
   bits = jnp.finfo(dtype).bits
-  swizzle = plgpu.find_swizzle(shape[-1] * bits)
+  swizzle = swizzle or plgpu.find_swizzle(shape[-1] * bits)
   tiling = plgpu.TilingTransform((8, 8 * swizzle // bits))
   return plgpu.SMEM(
     shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle))
   )
 
 
+def barriers(number: int, arrivals: int = 1) -> plgpu.Barrier:
+  """Returns barriers that so many arrivals open."""
+  return plgpu.Barrier(num_barriers=number, num_arrivals=arrivals)
+
+
 # Calls of like shapes share what takes seconds to compile.
-@functools.partial(jax.jit, static_argnames="value_head")
+@functools.partial(jax.jit, static_argnames=("value_head", "keep_log_sum"))
 def hopper_attention(
   query: jax.Array,
   key: jax.Array,
@@ -226,7 +253,8 @@ def hopper_attention(
   key_length: jax.Array,
   *,
   value_head: int = 0,
-) -> jax.Array:
+  keep_log_sum: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
   """Scaled dot-product attention with scale d^-0.5; softmax in float32.
 
   Args:
@@ -237,10 +265,12 @@ def hopper_attention(
     query_length: (B,) int32, the valid prefix of queries.
     key_length: (B,) int32, the valid prefix of keys, at least 1.
     value_head: the first of the values' heads that counts.
+    keep_log_sum: whether to return what `hopper_attention_gradient` needs.
 
   Returns:
     (B, N, heads, d) in the query's type. Beyond the query's length there is
-    something finite.
+    something finite. With `keep_log_sum` also (B, heads, N or more) float32,
+    the binary logarithm of the sum of each query's weights.
 
   Raises:
     ValueError: for heads with more channels.
@@ -249,28 +279,30 @@ def hopper_attention(
   dtype = query.dtype
   form = _choose(batch * heads, num_queries, channels)
   computing = form.computing
-
-  def barrier(number, arrivals=1):
-    return plgpu.Barrier(num_barriers=number, num_arrivals=arrivals)
-
+  result = jax.ShapeDtypeStruct(query.shape, dtype)
+  scratch = {
+    "query_tiles": shared_tiles((computing, ROWS, channels), dtype),
+    "key_tiles": shared_tiles((_STAGES, form.keys, channels), dtype),
+    "value_tiles": shared_tiles((_STAGES, form.keys, channels), dtype),
+    "query_ready": barriers(computing),
+    "key_ready": barriers(_STAGES),
+    "value_ready": barriers(_STAGES),
+    "key_read": barriers(_STAGES, computing),
+    "value_read": barriers(_STAGES, computing),
+  }
+  if keep_log_sum:
+    # Of whole blocks: rows of this array are copied without regard to its end.
+    rows = form.blocks(num_queries) * computing * ROWS
+    log_sum = jax.ShapeDtypeStruct((batch, heads, rows), jnp.float32)
+    result = result, log_sum
+    scratch["log_sum_tiles"] = plgpu.SMEM((computing, ROWS), jnp.float32)
   return plgpu.kernel(
     functools.partial(_kernel, form=form, value_head=value_head),
-    out_type=jax.ShapeDtypeStruct(query.shape, dtype),
-    scratch_types={
-      "query_tiles": _shared((computing, _QUERIES, channels), dtype),
-      "key_tiles": _shared((_STAGES, form.keys, channels), dtype),
-      "value_tiles": _shared((_STAGES, form.keys, channels), dtype),
-      "query_ready": barrier(computing),
-      "key_ready": barrier(_STAGES),
-      "value_ready": barrier(_STAGES),
-      "key_read": barrier(_STAGES, computing),
-      "value_read": barrier(_STAGES, computing),
-    },
+    out_type=result,
+    scratch_types=scratch,
     grid=(heads, form.blocks(num_queries), batch),
     grid_names=("head", "tile", "batch"),
     num_threads=computing + 1,
     thread_name="warpgroup",
-    compiler_params=plgpu.CompilerParams(
-      approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-    ),
+    compiler_params=COMPILER,
   )(query_length, key_length, query, key, value)

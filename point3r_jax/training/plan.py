@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from point3r_jax.models.attention import HOPPER
 from point3r_jax.params import merge, param_shapes
 from point3r_jax.training.collectives import Collectives, count_collectives
 from point3r_jax.training.experiment import Experiment
@@ -118,13 +119,14 @@ def step_flops(config: StepConfig, params: Any, batch: Any) -> int:
 
 def for_devices(experiment: Experiment) -> Experiment:
   """Names the kernel that "auto" is there, for this machine may have others."""
-  platform = experiment.mesh.devices.flat[0].platform
-  if platform == "cpu" or experiment.config.rollout.attention != "auto":
+  device = experiment.mesh.devices.flat[0]
+  if device.platform == "cpu" or experiment.config.rollout.attention != "auto":
     return experiment
   half = jnp.finfo(experiment.step.rollout.step.precision.dtype).bits == 16
+  hopper = getattr(device, "compute_capability", "") == HOPPER
+  gpu = ("hopper" if hopper else "cudnn") if half else "xla"
   config = experiment.config.copy_and_resolve_references()
-  gpu = "cudnn" if half else "xla"
-  config.rollout.attention = "tpu" if platform == "tpu" else gpu
+  config.rollout.attention = "tpu" if device.platform == "tpu" else gpu
   return dataclasses.replace(experiment, config=config)
 
 

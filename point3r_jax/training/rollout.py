@@ -135,11 +135,8 @@ def rollout(
         memory = jax.tree.map(
           lambda x: jnp.where(cut, jax.lax.stop_gradient(x), x), memory
         )
-      context = read_memory(memory)
-      context = context.replace(
-        position=context.position[:, :visible],
-        feature=context.feature[:, :visible],
-      )
+      unread = memory.capacity - visible
+      context = read_memory(memory, unread, model.compute.token_block)
       output = recurrent.apply({"params": params}, tokens, context, grid)
       memory, prediction = advance(memory, output, options.step)
       return memory, (prediction, output.maps[1:])

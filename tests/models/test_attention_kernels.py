@@ -1,6 +1,8 @@
 """Kernels for attention: values, gradients, and over meshes."""
 
 import functools
+import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +12,15 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
 from point3r_jax.models import attention as attention_module
-from point3r_jax.models import hopper_attention
+from point3r_jax.models import hopper_attention, hopper_attention_gradient
 from point3r_jax.models.attention import attention
 from point3r_jax.training.sharding import make_mesh
 
 
-def operands(batch):
+def operands(batch, channels=16):
   rng = np.random.default_rng(0)
-  query = rng.standard_normal((batch, 9, 2, 16), np.float32)
-  key, value = rng.standard_normal((2, batch, 150, 2, 16), np.float32)
+  query = rng.standard_normal((batch, 9, 2, channels), np.float32)
+  key, value = rng.standard_normal((2, batch, 150, 2, channels), np.float32)
   return query, key, value, rng.integers(1, 150, batch, np.int32)
 
 
@@ -133,17 +135,13 @@ def test_a_mesh_splits_the_tpu_kernels_batch():
 def test_a_mesh_splits_the_hopper_kernels_batch():
   *arrays, length = operands(8)
   arrays = [x.astype(jnp.bfloat16) for x in arrays]
-
-  @jax.jit
-  def run(query, key, value, length):
-    return attention(
-      query, key, value, key_length=length, implementation="hopper"
-    )
-
-  _, text = lowered_over_a_mesh(run, (*arrays, length), "cuda")
-  assert "mosaic_gpu" in text
-  # One sample a device; nine tokens are sixteen for the kernel.
-  assert "tensor<1x16x2x16xbf16>" in text
+  _, text = lowered_over_a_mesh(gradient("hopper"), (*arrays, length), "cuda")
+  calls = re.findall(r"custom_call @mosaic_gpu\S*\(.*", text)
+  # One sample a device; nine tokens are sixteen for the kernels.
+  forward = [call for call in calls if "-> (tensor<1x16x2x16xbf16>, " in call]
+  backward = [call for call in calls if "-> (tensor<1x1x16x2x16xbf16>" in call]
+  assert forward and backward
+  assert len(forward) + len(backward) == len(calls)
 
 
 @pytest.mark.parametrize("form", hopper_attention._FORMS)
@@ -180,26 +178,91 @@ def test_hopper_blocks_have_limits_that_are_said():
     hopper_attention._choose(16, 768, 144)
 
 
-def test_what_surrounds_the_hopper_kernel(monkeypatch):
-  """Padding, lengths and derivatives, with XLA in the place of GPU kernels."""
+@pytest.mark.parametrize("channels", [16, 80])
+def test_what_surrounds_the_hopper_kernels(monkeypatch, channels):
+  """Padding, lengths and derivatives, with XLA in the place of GPU kernels.
+
+  Those of wide heads are cuDNN's.
+  """
   reference = jax.nn.dot_product_attention
   sizes = []
 
-  def kernel(query, key, value, query_length, key_length, value_head):
+  def probabilities(query, key, key_length, log_sum=None):
+    scores = jnp.einsum("bnhd,bmhd->bhnm", query, key) * channels**-0.5
+    valid = jnp.arange(key.shape[1]) < key_length[:, None, None, None]
+    scores = jnp.where(valid, scores / jnp.log(2), -jnp.inf)
+    if log_sum is None:
+      log_sum = jnp.log2(jnp.exp2(scores).sum(axis=-1))
+    return jnp.exp2(scores - log_sum[..., None]), log_sum
+
+  def kernel(
+    query, key, value, query_length, key_length, value_head, keep_log_sum=False
+  ):
     sizes.append((query.shape[1], key.shape[1], query_length.shape))
     value = value[:, :, value_head : value_head + 2]
-    return reference(query, key, value, key_value_seq_lengths=key_length)
+    weights, log_sum = probabilities(query, key, key_length)
+    output = jnp.einsum("bhnm,bmhd->bnhd", weights, value)
+    return (output, log_sum) if keep_log_sum else output
+
+  def backward_kernel(query, key, value, key_length, output, log_sum, gradient):
+    weights, _ = probabilities(query, key, key_length, log_sum)
+    dots = jnp.einsum("bnhd,bnhd->bhn", output, gradient)
+    of_weights = jnp.einsum("bnhd,bmhd->bhnm", gradient, value)
+    of_scores = weights * (of_weights - dots[..., None]) * channels**-0.5
+    return (
+      jnp.einsum("bhnm,bmhd->bnhd", of_scores, key),
+      jnp.einsum("bhnm,bnhd->bmhd", of_scores, query),
+      jnp.einsum("bhnm,bnhd->bmhd", weights, gradient),
+    )
 
   def anywhere(*operands, implementation, **options):
-    return reference(*operands, implementation="xla", **options)
+    assert implementation == "xla" or channels == 80
+    return reference(*operands, **options)
 
   monkeypatch.setattr(hopper_attention, "hopper_attention", kernel)
+  monkeypatch.setattr(
+    hopper_attention_gradient, "hopper_attention_gradient", backward_kernel
+  )
   monkeypatch.setattr(jax.nn, "dot_product_attention", anywhere)
-  query, key, value, length = operands(2)
+  query, key, value, length = operands(2, channels)
   more = np.concatenate([key[:, :, :1], value, key], axis=2)
   expected = gradient("xla")(query, key, value, length)
   result = gradient("hopper", value_head=1)(query, key, more, length)
+  for others in (slice(1), slice(3, None)):
+    assert not result[2][:, :, others].any()
   result = (*result[:2], result[2][:, :, 1:3])
   for x, y in zip(result, expected, strict=True):
-    np.testing.assert_allclose(x, y, atol=1e-5)
+    np.testing.assert_allclose(x, y, atol=1e-5 * np.abs(y).max())
   assert set(sizes) == {(16, 152, (2,))}
+
+
+def test_the_hopper_kernel_has_a_backward_pass_for_narrow_heads_only():
+  most = attention_module._MOST_HOPPER_CHANNELS_BACKWARD
+  assert most == hopper_attention_gradient.MOST_CHANNELS == 64
+  query, key, value, length = (jnp.asarray(x) for x in operands(1, 80))
+  with pytest.raises(ValueError, match=r"80 channels, .* takes 64 at most"):
+    hopper_attention_gradient.hopper_attention_gradient(
+      query, key, value, length, query, length, query
+    )
+
+
+@pytest.mark.parametrize(
+  ("tokens", "channels", "forward_only", "capability", "name"),
+  [
+    (200, 64, False, "9.0", "hopper"),
+    (200, 128, False, "9.0", "cudnn"),
+    (196, 64, False, "9.0", "cudnn"),
+    (196, 128, True, "9.0", "hopper"),
+    (200, 24, True, "9.0", "cudnn"),
+    (200, 64, False, "8.0", "cudnn"),
+    (200, 4, True, "9.0", "xla"),
+  ],
+)
+def test_what_suits_a_gpu(
+  monkeypatch, tokens, channels, forward_only, capability, name
+):
+  device = types.SimpleNamespace(compute_capability=capability)
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(jax, "devices", lambda: [device])
+  x = jax.ShapeDtypeStruct((2, tokens, 4, channels), jnp.bfloat16)
+  assert attention_module._choose(x, x, forward_only) == name

@@ -291,6 +291,20 @@ def test_a_block_keeps_what_attends_and_not_what_it_is_made_of(remat, kept):
 
 
 @pytest.mark.parametrize(
+  ("remat", "runs"), [("none", 1), ("elementwise", 1), ("blocks", 2)]
+)
+def test_attention_that_is_kept_does_not_run_again(remat, runs):
+  compute = Compute(get_precision("bfloat16"), attention="hopper", remat=remat)
+  block = compute.remat_block(layers.EncoderBlock)(4, 4, compute)
+  x = jnp.ones((2, 8, 64))
+  params = jax.eval_shape(block.init, jax.random.key(0), x)
+  gradient = jax.grad(lambda params: block.apply(params, x).sum())
+  text = str(jax.make_jaxpr(gradient)(params))
+  assert text.count("name=hopper_attention\n") == runs
+  assert text.count("name=hopper_attention_gradient\n") == 1
+
+
+@pytest.mark.parametrize(
   ("remat", "scanned", "apart"),
   [
     ("merged", False, False),

@@ -1,0 +1,306 @@
+"""Gradients of attention as one kernel for NVIDIA's Hopper GPUs.
+
+A block keeps 256 keys of a head, with their values, and passes over the queries
+once, as FlashAttention does (arXiv 2205.14135): each of its four warpgroups sums
+the gradients of its own 64 keys and values, and they take turns in multiplying
+what all of them found for 64 queries. Of up to 256 keys, which a frame's tokens
+are, nothing is summed in memory, cleared before or rounded after; and results
+are the same each time.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from point3r_jax.models.hopper_attention import (
+  COMPILER,
+  ROWS,
+  TILE,
+  barriers,
+  shared_tiles,
+)
+
+# What registers hold of a head: the sums of a warpgroup's keys and values.
+MOST_CHANNELS = 64
+
+_WARPGROUPS = 4
+_KEYS = _WARPGROUPS * ROWS
+# Steps, of as many queries as a warpgroup has rows, that are in flight, and the
+# queries that are multiplied at a time.
+_STAGES = 2
+_QUERIES = ROWS // 2
+
+_COLUMN = TILE.reduce(0)
+
+
+def _kernel(
+  key_length,
+  query,
+  key,
+  value,
+  log_sum,
+  dot,
+  gradient,
+  of_query,
+  of_key,
+  of_value,
+  *,
+  key_tiles,
+  value_tiles,
+  query_tiles,
+  gradient_tiles,
+  log_sum_tiles,
+  dot_tiles,
+  score_tiles,
+  result_tiles,
+  own_ready,
+  ready,
+  scores_ready,
+  scores_read,
+):
+  """What a block of warpgroups does.
+
+  All arguments are references: operands and results in global memory, then
+  tiles in shared memory, and barriers. Keys, values and results have a tile for
+  each warpgroup; queries, and what belongs to them, one for each step in
+  flight. The gradients of scores of a step, keys by queries, have one for each
+  of both, and alternate between two places.
+  """
+  batch, head, tile = (lax.axis_index(x) for x in ("batch", "head", "tile"))
+  warpgroup = lax.axis_index("warpgroup")
+  num_queries, channels = query.shape[1], query_tiles.shape[-1]
+  scale = channels**-0.5
+  first, keys = tile * _KEYS, key_length[batch]
+  steps = jnp.where(first < keys, jnp.int32(pl.cdiv(num_queries, ROWS)), 0)
+  own = first + warpgroup * ROWS
+  own_rows = pl.ds(own, ROWS)
+  own_keys, own_values = key_tiles.at[warpgroup], value_tiles.at[warpgroup]
+  own_result = result_tiles.at[warpgroup]
+
+  def turn(step, number):
+    return lax.rem(step, jnp.int32(number))
+
+  def fetch(step):
+    rows, here = pl.ds(step * ROWS, ROWS), turn(step, _STAGES)
+    for source, tiles in ((query, query_tiles), (gradient, gradient_tiles)):
+      plgpu.copy_gmem_to_smem(
+        source.at[batch, rows, head], tiles.at[here], ready.at[here]
+      )
+    for source, tiles in ((log_sum, log_sum_tiles), (dot, dot_tiles)):
+      plgpu.copy_gmem_to_smem(
+        source.at[batch, head, rows], tiles.at[here], ready.at[here]
+      )
+
+  def send(total, tile, result):
+    tile[...] = total.astype(tile.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(tile, result)
+
+  def multiply(own, others):
+    def run(total):
+      plgpu.wgmma(total, own, others.T)
+      return total[...]
+
+    return pl.run_scoped(run, plgpu.ACC((ROWS, _QUERIES), jnp.float32))
+
+  def of_own(step, part, totals):
+    """Adds what a part of a step's queries gives to the own keys' gradients."""
+    here, columns = turn(step, _STAGES), pl.ds(part * _QUERIES, _QUERIES)
+    queries = query_tiles.at[here, columns]
+    gradients = gradient_tiles.at[here, columns]
+    dtype = queries.dtype
+
+    def down_columns(tiles):
+      x = plgpu.layout_cast(tiles[here, columns], _COLUMN)
+      return lax.broadcast_in_dim(x, (ROWS, _QUERIES), [1])
+
+    def mask(weights):
+      row = plgpu.broadcasted_iota(jnp.int32, weights.shape, 0, layout=TILE)
+      return jnp.where(own + row < keys, weights, 0.0)
+
+    # Registers do not hold both products at once.
+    scores = multiply(own_keys, queries) * (scale * math.log2(math.e))
+    weights = jnp.exp2(scores - down_columns(log_sum_tiles))
+    weights = lax.cond(own + ROWS > keys, mask, lambda x: x, weights)
+    weights = weights.astype(dtype)
+    of_weights = multiply(own_values, gradients) - down_columns(dot_tiles)
+    of_scores = (weights.astype(jnp.float32) * of_weights).astype(dtype)
+    place = score_tiles.at[turn(step, 2), warpgroup]
+    place.at[:, columns][...] = of_scores
+
+    def add(totals):
+      plgpu.wgmma(totals[0], of_scores, queries)
+      plgpu.wgmma(totals[1], weights, gradients)
+
+    return pl.run_state(add)(tuple(map(plgpu.ACC.init, totals)))
+
+  def of_queries(step):
+    """Makes the gradients of a step's queries from what all warpgroups found."""
+
+    def run(total):
+      places = score_tiles.at[turn(step, 2)]
+      for other in range(_WARPGROUPS):
+        plgpu.wgmma(total, places.at[other].T, key_tiles.at[other])
+      return total[...]
+
+    total = pl.run_scoped(run, plgpu.ACC((ROWS, channels), jnp.float32))
+    plgpu.barrier_arrive(scores_read.at[warpgroup])
+    plgpu.wait_smem_to_gmem(0)
+    rows = pl.ds(step * ROWS, ROWS)
+    send(total * scale, own_result, of_query.at[tile, batch, rows, head])
+
+  def take_step(step, totals):
+    plgpu.barrier_wait(ready.at[turn(step, _STAGES)])
+
+    @pl.when(step >= 2)
+    def _():
+      plgpu.barrier_wait(scores_read.at[turn(step - 2, _WARPGROUPS)])
+
+    def of_second_part(totals):
+      return of_own(step, 1, totals)
+
+    totals = of_own(step, 0, totals)
+    if 0 < num_queries % ROWS <= _QUERIES:
+      some = step * ROWS + _QUERIES < num_queries
+      totals = lax.cond(some, of_second_part, lambda x: x, totals)
+    else:
+      totals = of_second_part(totals)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(scores_ready.at[turn(step, _WARPGROUPS)])
+
+    @pl.when(turn(step, _WARPGROUPS) == warpgroup)
+    def _():
+      plgpu.barrier_wait(scores_ready.at[warpgroup])
+
+      # All have read what is here.
+      @pl.when(step + _STAGES < steps)
+      def _():
+        fetch(step + _STAGES)
+
+      of_queries(step)
+
+    return totals
+
+  for source, tiles in ((key, own_keys), (value, own_values)):
+    plgpu.copy_gmem_to_smem(source.at[batch, own_rows, head], tiles, own_ready)
+
+  @pl.when(jnp.logical_and(warpgroup < _STAGES, warpgroup < steps))
+  def _():
+    fetch(warpgroup)
+
+  plgpu.barrier_wait(own_ready)
+  zeros = plgpu.layout_cast(jnp.zeros((ROWS, channels), jnp.float32), TILE)
+  totals = lax.fori_loop(0, steps, take_step, (zeros, zeros))
+  # Others may still read the own keys, but not the values.
+  send(totals[1], own_values, of_value.at[batch, own_rows, head])
+  plgpu.wait_smem_to_gmem(1)
+  send(totals[0] * scale, own_result, of_key.at[batch, own_rows, head])
+  plgpu.wait_smem_to_gmem(0)
+
+
+def _dots(output: jax.Array, gradient: jax.Array) -> jax.Array:
+  """Returns each query's scalar product of both, (B, heads, whole tiles)."""
+  dots = jnp.einsum(
+    "bnhd,bnhd->bhn",
+    output.astype(jnp.float32),
+    gradient.astype(jnp.float32),
+    precision="highest",
+  )
+  return jnp.pad(dots, ((0, 0), (0, 0), (0, -dots.shape[-1] % ROWS)))
+
+
+def _add_tiles(of_query: jax.Array, key_length: jax.Array) -> jax.Array:
+  """Adds what the blocks of keys found for queries, (blocks, B, N, heads, d).
+
+  Blocks without valid keys have written nothing.
+  """
+  if len(of_query) == 1:
+    return of_query[0]
+  starts = jnp.arange(len(of_query)) * _KEYS
+  written = (starts[:, None] < key_length)[..., None, None, None]
+  total = jnp.where(written, of_query.astype(jnp.float32), 0).sum(axis=0)
+  return total.astype(of_query.dtype)
+
+
+# Calls of like shapes share what takes seconds to compile.
+@jax.jit
+def hopper_attention_gradient(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  key_length: jax.Array,
+  output: jax.Array,
+  log_sum: jax.Array,
+  gradient: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Gradients of `hopper_attention`.
+
+  Args:
+    query: (B, N, heads, d), as for the forward pass, but d at most 64.
+    key: (B, M, heads, d).
+    value: (B, M, heads, d).
+    key_length: (B,) int32, the valid prefix of keys, at least 1.
+    output: (B, N, heads, d), the result of the forward pass.
+    log_sum: (B, heads, N or more) float32, the other one.
+    gradient: (B, N, heads, d), of the output; finite everywhere.
+
+  Returns:
+    The gradients of query, key and value, in their types; of keys and values
+    beyond the length zeros.
+
+  Raises:
+    ValueError: for heads with more channels.
+  """
+  batch, _, heads, channels = query.shape
+  if channels > MOST_CHANNELS:
+    raise ValueError(
+      f"heads have {channels} channels, but the backward pass of this kernel "
+      f"takes {MOST_CHANNELS} at most; ask for another implementation of "
+      "attention"
+    )
+  dtype, blocks = query.dtype, pl.cdiv(key.shape[1], _KEYS)
+  # Parts of a step are no wider, and all that is multiplied is laid out alike.
+  swizzle = plgpu.find_swizzle(math.gcd(channels, _QUERIES) * 16)
+  tiles = functools.partial(shared_tiles, dtype=dtype, swizzle=swizzle)
+  own = tiles((_WARPGROUPS, ROWS, channels))
+  flying = tiles((_STAGES, ROWS, channels))
+  statistics = plgpu.SMEM((_STAGES, ROWS), jnp.float32)
+  run: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] = plgpu.kernel(
+    _kernel,
+    out_type=(
+      jax.ShapeDtypeStruct((blocks, *query.shape), dtype),
+      jax.ShapeDtypeStruct(key.shape, dtype),
+      jax.ShapeDtypeStruct(value.shape, dtype),
+    ),
+    scratch_types={
+      "key_tiles": own,
+      "value_tiles": own,
+      "query_tiles": flying,
+      "gradient_tiles": flying,
+      "log_sum_tiles": statistics,
+      "dot_tiles": statistics,
+      "score_tiles": tiles((2, _WARPGROUPS, ROWS, ROWS)),
+      "result_tiles": own,
+      "own_ready": barriers(1, 2 * _WARPGROUPS),
+      "ready": barriers(_STAGES, 4),
+      "scores_ready": barriers(_WARPGROUPS, _WARPGROUPS),
+      "scores_read": barriers(_WARPGROUPS),
+    },
+    grid=(heads, blocks, batch),
+    grid_names=("head", "tile", "batch"),
+    num_threads=_WARPGROUPS,
+    thread_name="warpgroup",
+    compiler_params=COMPILER,
+  )
+  of_query, of_key, of_value = run(
+    key_length, query, key, value, log_sum, _dots(output, gradient), gradient
+  )
+  return _add_tiles(of_query, key_length), of_key, of_value
