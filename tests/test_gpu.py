@@ -1,5 +1,6 @@
 """What only a GPU can show; run with `-m gpu`."""
 
+import functools
 import os
 import re
 import subprocess
@@ -59,6 +60,38 @@ def test_attention_equals_xla(implementation, head_dim, lengths):
   for x, y in zip(gradients, expected_gradients, strict=True):
     x, y = x.astype(np.float32), y.astype(np.float32)
     assert np.abs(x - y).max() < 0.05 * np.abs(y).max()
+
+
+@pytest.mark.parametrize("head_dim", [16, 48, 64])
+@pytest.mark.parametrize("tokens", [(8, 200), (200, 200), (784, 264), (80, 700)])
+def test_hopper_attentions_backward_pass(tokens, head_dim):
+  """Within one and several blocks of keys; the same results each time."""
+  keys = jax.random.split(jax.random.key(0), 4)
+  query, key, value, gradient = (
+    jax.random.normal(x, (2, count, 16, head_dim), jnp.bfloat16)
+    for x, count in zip(keys, (*tokens, tokens[1], tokens[0]), strict=True)
+  )
+  length = jnp.array([tokens[1], 3], jnp.int32)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def pull(implementation, *operands):
+    def run(*operands):
+      return attention(
+        *operands, key_length=length, implementation=implementation
+      )
+
+    return jax.vjp(run, *operands)[1](gradient)
+
+  result = pull("hopper", query, key, value)
+  chex.assert_trees_all_equal(result, pull("hopper", query, key, value))
+  wide = (x.astype(jnp.float32) for x in (query, key, value))
+  gradient = gradient.astype(jnp.float32)
+  with jax.default_matmul_precision("highest"):
+    expected = pull("xla", *wide)
+  for x, y in zip(result, expected, strict=True):
+    error = jnp.linalg.norm(x.astype(jnp.float32) - y)
+    assert error < 6e-3 * jnp.linalg.norm(y)
+  assert not any(x[1, 3:].any() for x in result[1:])
 
 
 @pytest.mark.parametrize("tokens", [1, 70, 192, 1280, 3072])
