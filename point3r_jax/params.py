@@ -264,12 +264,23 @@ def _join_linear(*linears: dict) -> dict:
   return jax.tree.map(lambda *leaves: join(leaves, axis=-1), *linears)
 
 
-def _join_products(params: dict) -> dict:
+def join_products(params: dict) -> dict:
   """Joins the linear maps of what is alike once `fold_norms` is through.
 
   That is the keys and values of a cross-attention, and all that the two blocks
   of a decoder layer read of a stream: see `models.decoder`.
+
+  Args:
+    params: of the whole model, nested, with any layout of layers.
+
+  Returns:
+    The same function in fewer products, without what is not used.
   """
+  return _join_products(_drop_unused(params))
+
+
+def _join_products(params: dict) -> dict:
+  """Does so for a part of the model."""
   if not isinstance(params, Mapping):
     return params
   joined = {name: _join_products(leaf) for name, leaf in params.items()}
@@ -302,7 +313,7 @@ def prepare_params(params: dict, precision: str | Precision) -> dict:
   """
   precision = get_precision(precision)
   if precision.dtype != jnp.float32:
-    params = _join_products(fold_norms(_drop_unused(params)))
+    params = join_products(fold_norms(params))
   return cast_params(params, precision)
 
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 import flax.linen as nn
 import flax.struct
 import jax
+import jax.numpy as jnp
 
 from point3r_jax.config import ModelConfig
 from point3r_jax.models.compute import Compute
-from point3r_jax.models.layers import DecoderBlock, inner_linear, layer_norm
+from point3r_jax.models.layers import (
+  DecoderBlock,
+  inner_linear,
+  layer_norm,
+  normalize,
+)
 from point3r_jax.models.rotary import (
   RotaryTable,
   disable_where,
@@ -18,7 +24,7 @@ from point3r_jax.models.rotary import (
 
 # Linear maps of a stream: queries, keys and values of its own, keys and values
 # for the other.
-_PRODUCTS = 5
+_OWN, _PRODUCTS = 3, 5
 
 
 @flax.struct.dataclass
@@ -109,14 +115,19 @@ class DecoderLayer(nn.Module):
     )
 
     def products(x, name):
-      """What both blocks read of a stream, if `params` made it one map."""
+      """What each block reads of a stream, if `params` made it one map."""
       if not self.has_variable("params", name):
-        return None
-      linear = inner_linear(self.compute, _PRODUCTS * x.shape[-1], name)
-      return linear(layer_norm(self.compute, affine=False)(x))
+        return None, None
+      width = x.shape[-1]
+      linear = inner_linear(self.compute, _PRODUCTS * width, name)
+      y = linear(normalize(self.compute, x))
+      if self.compute.forward_only:  # Values are read where they are.
+        return y, y
+      # Gradients of parts are joined; those of two that read it all are added.
+      return jnp.split(y, [_OWN * width], axis=-1)
 
-    image_products = products(image, "image_products")
-    pointer_products = products(pointers, "pointer_products")
+    image_own, image_other = products(image, "image_products")
+    pointers_own, pointers_other = products(pointers, "pointer_products")
     next_image = image_block(
       image,
       pointers,
@@ -124,8 +135,8 @@ class DecoderLayer(nn.Module):
       image_rotary and image_rotary.pointers,
       image_length,
       pointer_count,
-      image_products,
-      pointer_products,
+      image_own,
+      pointers_other,
     )
     if self.last and not self.is_initializing():
       return next_image, pointers
@@ -136,8 +147,8 @@ class DecoderLayer(nn.Module):
       pointer_rotary and pointer_rotary.image,
       pointer_count,
       image_length,
-      pointer_products,
-      image_products,
+      pointers_own,
+      image_other,
     )
     return next_image, next_pointers
 

@@ -68,19 +68,26 @@ def _normalize_backward(dtype, saved, gradient):
 _normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
+def normalize(compute: Compute, x: jax.Array) -> jax.Array:
+  """LayerNorm of x (…, C) float32 without an affine map, for a linear map.
+
+  In training its result is of the policy's type, otherwise float32.
+  """
+  if compute.forward_only:
+    return layer_norm(compute, affine=False)(x)
+  return _normalize(x, compute.dtype)
+
+
 def _norm(block: nn.Module, name: str, x: jax.Array) -> jax.Array:
   """Normalises a block's x (…, C) float32 for the linear map behind.
 
   `params.fold_norms` may have made the norm's affine map a part of that linear
   map: then the norm has no parameters, and XLA computes but one of those that
-  read the same. In training its result then is of the policy's type, otherwise
-  float32.
+  read the same.
   """
-  compute = block.compute
-  affine = block.is_initializing() or block.has_variable("params", name)
-  if affine or compute.forward_only:
-    return layer_norm(compute, name, affine)(x)
-  return _normalize(x, compute.dtype)
+  if block.is_initializing() or block.has_variable("params", name):
+    return layer_norm(block.compute, name)(x)
+  return normalize(block.compute, x)
 
 
 def gelu(x: jax.Array, exact: bool = True) -> jax.Array:

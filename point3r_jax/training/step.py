@@ -14,6 +14,7 @@ from point3r_jax.losses import LossOptions, make_targets, point3r_loss
 from point3r_jax.params import (
   cast_params,
   fold_norms,
+  join_products,
   merge,
   unstack_layers,
 )
@@ -74,14 +75,19 @@ def sequence_loss(
   """
 
   options = config.rollout
-  precision = options.step.precision
-  if precision.dtype != jnp.float32 and options.step.remat is not None:
+  precision, remat = options.step.precision, options.step.remat
+  folded = precision.dtype != jnp.float32 and remat is not None
+  if folded:
     params = fold_norms(params)
 
   def run(params, images):
     model = config.model
     if model.scan_layers and config.unroll_layers:
       model, params = model.replace(scan_layers=False), unstack_layers(params)
+    # Here, where parameters are whole: on a mesh each is divided in its own
+    # way. Blocks of which only inputs are kept are to have small ones.
+    if folded and remat != "blocks":
+      params = join_products(params)
     return rollout(model, options, params, images)
 
   # Cast once, like autocast: gradients of frames are added up in the policy's

@@ -26,9 +26,20 @@ def test_the_loss_in_bfloat16_needs_no_backward_pass(remat):
   assert loss.shape == ()
 
 
+@pytest.mark.parametrize(("remat", "joined"), [("merged", 1), ("blocks", 0)])
+def test_what_both_blocks_read_is_one_product_unless_it_would_be_kept(
+  remat, joined
+):
+  config = batches.step_config({"precision": "bfloat16", "remat": remat})
+  jaxpr = jax.make_jaxpr(
+    lambda params: sequence_loss(config, params, batches.batch(1, 2))[0]
+  )(micro.scanned_params())
+  assert (f"{5 * micro.CONFIG.decoder_width}]" in str(jaxpr)) == joined
+
+
 @pytest.mark.slow
 def test_gradients_in_bfloat16_are_rounded_and_nothing_else():
-  """With norms in the linear maps behind, layers written out, and remat."""
+  """With norms in linear maps, joined products, layers in a row, and remat."""
   exact = batches.step_config()
   step = StepOptions(precision="bfloat16", remat="elementwise")
   rounded = dataclasses.replace(
