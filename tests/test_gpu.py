@@ -63,7 +63,9 @@ def test_attention_equals_xla(implementation, head_dim, lengths):
 
 
 @pytest.mark.parametrize("head_dim", [16, 48, 64])
-@pytest.mark.parametrize("tokens", [(8, 200), (200, 200), (784, 264), (80, 700)])
+@pytest.mark.parametrize(
+  "tokens", [(8, 200), (200, 200), (784, 264), (80, 700)]
+)
 def test_hopper_attentions_backward_pass(tokens, head_dim):
   """Within one and several blocks of keys; the same results each time."""
   keys = jax.random.split(jax.random.key(0), 4)

@@ -204,9 +204,7 @@ def _run_hopper(value_head, *operands, **options):
   # JAX does not have it for all platforms.
   from point3r_jax.models.hopper_attention import hopper_attention
 
-  kernel = functools.partial(
-    hopper_attention, value_head=value_head, **options
-  )
+  kernel = functools.partial(hopper_attention, value_head=value_head, **options)
   return _divide_batch(kernel)(*operands)
 
 

@@ -141,9 +141,7 @@ def _kernel(
         return scores[...]
 
       def mask(scores):
-        column = plgpu.broadcasted_iota(
-          jnp.int32, scores.shape, 1, layout=TILE
-        )
+        column = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=TILE)
         return jnp.where(step * form.keys + column < keys, scores, -jnp.inf)
 
       def along_rows(x, like):

@@ -1,11 +1,11 @@
 """Gradients of attention as one kernel for NVIDIA's Hopper GPUs.
 
 A block keeps 256 keys of a head, with their values, and passes over the queries
-once, as FlashAttention does (arXiv 2205.14135): each of its four warpgroups sums
-the gradients of its own 64 keys and values, and they take turns in multiplying
-what all of them found for 64 queries. Of up to 256 keys, which a frame's tokens
-are, nothing is summed in memory, cleared before or rounded after; and results
-are the same each time.
+once, as FlashAttention does (arXiv 2205.14135): each of its four warpgroups
+sums the gradients of its own 64 keys and values, and they take turns in
+multiplying what all of them found for 64 queries. Where 256 keys are all, as a
+small frame's tokens are, nothing is summed in memory, cleared before or rounded
+after. Results are the same each time.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def _kernel(
     return pl.run_state(add)(tuple(map(plgpu.ACC.init, totals)))
 
   def of_queries(step):
-    """Makes the gradients of a step's queries from what all warpgroups found."""
+    """Makes gradients of a step's queries of what all warpgroups found."""
 
     def run(total):
       places = score_tiles.at[turn(step, 2)]
