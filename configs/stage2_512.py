@@ -9,7 +9,7 @@ Expected: weights for images of the size and shapes that reconstruction uses and
 for memories that are fused, to begin stage 3 with. Of this stage no scores are
 known, the published ones being of the released weights; with data it was not
 run here. A step with one GPU's 3 sequences at 512×384, the largest shape, takes
-278 ms on an H200 (benchmarks/README.md; bfloat16): at that rate 4 hours on
+269 ms on an H200 (benchmarks/README.md; bfloat16): at that rate 4 hours on
 eight.
 """
 
@@ -40,6 +40,7 @@ def get_config() -> ConfigDict:
   c.batch_size = 24
   c.epochs = 10
   c.loader.workers = 24  # Published for each GPU; here of a process.
+  c.rollout.remat = "merged"
   c.optimizer.lr, c.optimizer.min_lr = 5e-5, 1e-6
   c.optimizer.warmup_epochs = 0.5
   c.datasets = base.published_datasets(
