@@ -86,9 +86,12 @@ def _operations(call: Instruction, shapes: dict[str, str]) -> float:
   result = type_shape(call.type)
   if found := _CONTRACTED.search(call.rest):
     return 2 * math.prod(result) * operands[0][int(found[1])]
-  if "fmha" in call.rest:  # (B, N, heads, d) queries and keys.
-    backward = 2.5 if "Backward" in call.rest else 1
-    return 4 * backward * math.prod(operands[0]) * operands[1][1]
+  if "fmha" in call.rest or "mosaic_gpu" in call.rest:
+    # (B, N, heads, d): queries, keys, values, and more for a backward pass.
+    arrays = [type_shape(shapes[x]) for x in call.operands]
+    arrays = [shape for shape in arrays if len(shape) == 4]
+    backward = 2.5 if len(arrays) > 3 else 1
+    return 4 * backward * math.prod(arrays[0]) * arrays[1][1]
   if labels := _LABELS.search(call.rest):
     if "BackwardFilter" in call.rest:
       maps, kernel = operands[1], result

@@ -54,13 +54,18 @@ dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convBackwardFilter"
   %m = bf16[1,9,2,16]{3,2,1,0} parameter(4)
   %l = (bf16[1,6,2,16]{3,2,1,0}, u8[77]{0}) custom-call(%q, %m, %m), \
 custom_call_target="__cudnn$fmhaSoftmax"
+  %n = s32[1]{0} parameter(5)
+  %v = f32[1,2,64]{2,1,0} parameter(6)
+  %b = (bf16[1,1,6,2,16]{4,3,2,1,0}, bf16[1,9,2,16]{3,2,1,0}, \
+bf16[1,9,2,16]{3,2,1,0}) custom-call(%n, %q, %m, %m, %v, %v, %q), \
+custom_call_target="mosaic_gpu_v2"
   ROOT %e = f32[] constant(0)
 }
 """
 
 
 def test_kernels_count_slices_and_rounds():
-  product, total, *convolutions, attention = kernels(PROGRAM)
+  product, total, *convolutions, attention, gradient = kernels(PROGRAM)
   assert (product.kind, product.runs) == ("cublas$lt$matmul", 3)
   assert product.scope == "step/image_block/dot"
   assert product.operations == 2 * 8 * 64 * 16
@@ -70,12 +75,16 @@ def test_kernels_count_slices_and_rounds():
   assert total.bytes == 2 * 8 * 16 + 4 + 4 * 8
   assert [x.operations for x in convolutions] == 3 * [2 * 4 * 4 * 2 * 9 * 8]
   assert attention.operations == 4 * 6 * 9 * 2 * 16
+  assert (gradient.kind, gradient.operations) == (
+    "mosaic_gpu_v2",
+    2.5 * attention.operations,
+  )
   least = sum(x.seconds for x in kernels(PROGRAM))
-  assert least == pytest.approx(10 * 2e-6, rel=0.01)
+  assert least == pytest.approx(11 * 2e-6, rel=0.01)
 
 
 def test_the_table_names_parts_and_kinds():
   table = format_kernels(list(kernels(PROGRAM)))
-  assert "10 kernels  all" in table.splitlines()[0]
+  assert "11 kernels  all" in table.splitlines()[0]
   assert "3 kernels  image blocks, forward" in table
   assert "cudnn$convBackwardFilter" in table

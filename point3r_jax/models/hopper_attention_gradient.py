@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.experimental.pallas as pl
@@ -220,7 +219,7 @@ def _dots(output: jax.Array, gradient: jax.Array) -> jax.Array:
 def _add_tiles(of_query: jax.Array, key_length: jax.Array) -> jax.Array:
   """Adds what the blocks of keys found for queries, (blocks, B, N, heads, d).
 
-  Blocks without valid keys have written nothing.
+  Each has rounded its own. Those without valid keys have written nothing.
   """
   if len(of_query) == 1:
     return of_query[0]
@@ -273,7 +272,7 @@ def hopper_attention_gradient(
   own = tiles((_WARPGROUPS, ROWS, channels))
   flying = tiles((_STAGES, ROWS, channels))
   statistics = plgpu.SMEM((_STAGES, ROWS), jnp.float32)
-  run: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] = plgpu.kernel(
+  of_query, of_key, of_value = plgpu.kernel(
     _kernel,
     out_type=(
       jax.ShapeDtypeStruct((blocks, *query.shape), dtype),
@@ -299,8 +298,5 @@ def hopper_attention_gradient(
     num_threads=_WARPGROUPS,
     thread_name="warpgroup",
     compiler_params=COMPILER,
-  )
-  of_query, of_key, of_value = run(
-    key_length, query, key, value, log_sum, _dots(output, gradient), gradient
-  )
+  )(key_length, query, key, value, log_sum, _dots(output, gradient), gradient)
   return _add_tiles(of_query, key_length), of_key, of_value

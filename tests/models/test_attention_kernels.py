@@ -158,6 +158,7 @@ def test_a_hopper_block_has_the_registers_that_it_asks_for(form):
   ("heads", "queries", "channels", "computing"),
   [
     (16, 768, 64, 2),  # An image's tokens.
+    (1280, 200, 64, 4),  # Those of small images, in training: one block each.
     (16, 2560, 48, 5),  # Pointers: 128 blocks are one turn of 132,
     (16, 2560, 64, 3),  # but registers do not hold larger heads;
     (16, 3072, 48, 3),  # 160 would be two.
