@@ -155,7 +155,7 @@ def check_params(
       "does where it is given a precision; load them without"
     )
   other = config.replace(scan_layers=not config.scan_layers)
-  if flat_shapes(param_shapes(other)) == have:
+  if have in (flat_shapes(param_shapes(other)), _prepared_shapes(other)):
     raise ValueError(
       f"the layers of the parameters are {'' if other.scan_layers else 'not '}"
       f"stacked, but the model config has scan_layers={config.scan_layers}; "

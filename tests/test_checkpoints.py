@@ -91,6 +91,11 @@ def test_incomplete_parameters_are_refused(tmp_path):
   [
     (micro.CONFIG, micro.scanned_params, "are stacked.*make that True"),
     (micro.SCANNED, micro.params, "are not stacked.*make that False"),
+    (
+      micro.SCANNED,
+      lambda: prepare_params(micro.params(), "bfloat16"),
+      "are not stacked.*make that False",
+    ),
   ],
 )
 def test_the_other_layout_of_layers_is_named(tmp_path, config, params, message):
