@@ -163,6 +163,7 @@ def test_a_hopper_block_has_the_registers_that_it_asks_for(form):
     (16, 2560, 64, 3),  # but registers do not hold larger heads;
     (16, 3072, 48, 3),  # 160 would be two.
     (128, 3840, 48, 3),
+    (128, 2560, 48, 3),  # Of eight streams.
   ],
 )
 def test_hopper_blocks_that_take_the_least_time(
