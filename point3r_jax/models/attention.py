@@ -19,6 +19,9 @@ IMPLEMENTATIONS = ("auto", "xla", "blocks", "cudnn", "hopper", "tpu")
 # The name of what kernels of ours give, for a backward pass that keeps it.
 ATTENDED = "attended"
 
+# The compute capability of the GPUs that "hopper" is for.
+HOPPER = "9.0"
+
 # Channels of a head that GPUs' kernels take: multiples of these, and up to; the
 # last one with a backward pass.
 _CUDNN_CHANNELS = 8
@@ -33,9 +36,6 @@ _TOKENS = {"blocks": 1, "cudnn": 2, "hopper": 8, "tpu": 128}
 # Queries of a block of "blocks".
 _BLOCK = 128
 
-# The compute capability of the GPUs that "hopper" is for.
-HOPPER = "9.0"
-
 
 def _choose(query: jax.Array, key: jax.Array, forward_only: bool) -> str:
   """Returns the kernel that suits the default device and these operands."""
@@ -49,13 +49,13 @@ def _choose(query: jax.Array, key: jax.Array, forward_only: bool) -> str:
     return "xla"
   # Only CUDA devices have one.
   capability = getattr(jax.devices()[0], "compute_capability", "")
-  if capability != HOPPER or channels % _HOPPER_CHANNELS:
-    return "cudnn"
+  suits = capability == HOPPER and channels % _HOPPER_CHANNELS == 0
   if forward_only:
-    return "hopper" if channels <= _MOST_HOPPER_CHANNELS else "cudnn"
-  # Padding would take what the kernel gains.
-  whole = all(x.shape[1] % _TOKENS["hopper"] == 0 for x in (query, key))
-  suits = whole and channels <= _MOST_HOPPER_CHANNELS_BACKWARD
+    suits &= channels <= _MOST_HOPPER_CHANNELS
+  else:
+    suits &= channels <= _MOST_HOPPER_CHANNELS_BACKWARD
+    # Padding would take what the backward pass gains.
+    suits &= not any(x.shape[1] % _TOKENS["hopper"] for x in (query, key))
   return "hopper" if suits else "cudnn"
 
 

@@ -78,7 +78,7 @@ def _choose(heads: int, queries: int, channels: int) -> _Form:
 
 
 TILE = plgpu.Layout.WGMMA
-ROW = TILE.reduce(1)
+_ROW = TILE.reduce(1)
 COMPILER = plgpu.CompilerParams(
   approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
 )
@@ -174,8 +174,8 @@ def _kernel(
 
     carry = (
       fill((ROWS, channels), 0.0, TILE),
-      fill((ROWS,), -jnp.inf, ROW),
-      fill((ROWS,), 0.0, ROW),
+      fill((ROWS,), -jnp.inf, _ROW),
+      fill((ROWS,), 0.0, _ROW),
     )
     total, peak, norm = lax.fori_loop(0, steps, attend, carry)
     factor = 1 / (norm + float(jnp.finfo(jnp.float32).tiny))

@@ -32,10 +32,12 @@ MOST_CHANNELS = 64
 
 _WARPGROUPS = 4
 _KEYS = _WARPGROUPS * ROWS
-# Steps, of as many queries as a warpgroup has rows, that are in flight, and the
-# queries that are multiplied at a time.
+# Steps, of as many queries as a warpgroup has rows, that are in flight; the
+# queries that are multiplied at a time; and how many steps' gradients of scores
+# there is room for.
 _STAGES = 2
 _QUERIES = ROWS // 2
+_PLACES = 2
 
 _COLUMN = TILE.reduce(0)
 
@@ -71,7 +73,7 @@ def _kernel(
   tiles in shared memory, and barriers. Keys, values and results have a tile for
   each warpgroup; queries, and what belongs to them, one for each step in
   flight. The gradients of scores of a step, keys by queries, have one for each
-  of both, and alternate between two places.
+  warpgroup, in one of `_PLACES`, which they take in turn.
   """
   batch, head, tile = (lax.axis_index(x) for x in ("batch", "head", "tile"))
   warpgroup = lax.axis_index("warpgroup")
@@ -132,7 +134,7 @@ def _kernel(
     weights = weights.astype(dtype)
     of_weights = multiply(own_values, gradients) - down_columns(dot_tiles)
     of_scores = (weights.astype(jnp.float32) * of_weights).astype(dtype)
-    place = score_tiles.at[turn(step, 2), warpgroup]
+    place = score_tiles.at[turn(step, _PLACES), warpgroup]
     place.at[:, columns][...] = of_scores
 
     def add(totals):
@@ -145,7 +147,7 @@ def _kernel(
     """Makes gradients of a step's queries of what all warpgroups found."""
 
     def run(total):
-      places = score_tiles.at[turn(step, 2)]
+      places = score_tiles.at[turn(step, _PLACES)]
       for other in range(_WARPGROUPS):
         plgpu.wgmma(total, places.at[other].T, key_tiles.at[other])
       return total[...]
@@ -159,9 +161,9 @@ def _kernel(
   def take_step(step, totals):
     plgpu.barrier_wait(ready.at[turn(step, _STAGES)])
 
-    @pl.when(step >= 2)
+    @pl.when(step >= _PLACES)
     def _():
-      plgpu.barrier_wait(scores_read.at[turn(step - 2, _WARPGROUPS)])
+      plgpu.barrier_wait(scores_read.at[turn(step - _PLACES, _WARPGROUPS)])
 
     def of_second_part(totals):
       return of_own(step, 1, totals)
@@ -286,7 +288,7 @@ def hopper_attention_gradient(
       "gradient_tiles": flying,
       "log_sum_tiles": statistics,
       "dot_tiles": statistics,
-      "score_tiles": tiles((2, _WARPGROUPS, ROWS, ROWS)),
+      "score_tiles": tiles((_PLACES, _WARPGROUPS, ROWS, ROWS)),
       "result_tiles": own,
       "own_ready": barriers(1, 2 * _WARPGROUPS),
       "ready": barriers(_STAGES, 4),
