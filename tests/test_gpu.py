@@ -15,6 +15,7 @@ import pytest
 import point3r_jax as p3r
 from point3r_jax import stream_programs, streaming
 from point3r_jax.kernels_ahead import compile_kernels, find_kernels
+from point3r_jax.models import hopper_attention_gradient
 from point3r_jax.models.attention import attention
 from point3r_jax.params import prepare_params
 from point3r_jax.training.hlo import Program, type_shape
@@ -64,16 +65,27 @@ def test_attention_equals_xla(implementation, head_dim, lengths):
 
 @pytest.mark.parametrize("head_dim", [16, 48, 64])
 @pytest.mark.parametrize(
-  "tokens", [(8, 200), (200, 200), (784, 264), (80, 700)]
+  ("batch", "tokens", "warpgroups", "blocks"),
+  [
+    (2, (80, 136), 3, 1),
+    (2, (8, 200), 3, 2),
+    (2, (784, 264), 3, 2),
+    (16, (200, 200), 4, 1),
+    (2, (80, 1000), 4, 4),
+  ],
 )
-def test_hopper_attentions_backward_pass(tokens, head_dim):
+def test_hopper_attentions_backward_pass(
+  batch, tokens, warpgroups, blocks, head_dim
+):
   """Within one and several blocks of keys; the same results each time."""
+  form = hopper_attention_gradient._choose(16 * batch, tokens[1])
+  assert (form.warpgroups, form.blocks(tokens[1])) == (warpgroups, blocks)
   keys = jax.random.split(jax.random.key(0), 4)
   query, key, value, gradient = (
-    jax.random.normal(x, (2, count, 16, head_dim), jnp.bfloat16)
+    jax.random.normal(x, (batch, count, 16, head_dim), jnp.bfloat16)
     for x, count in zip(keys, (*tokens, tokens[1], tokens[0]), strict=True)
   )
-  length = jnp.array([tokens[1], 3], jnp.int32)
+  length = jnp.full(batch, tokens[1], jnp.int32).at[1].set(3)
 
   @functools.partial(jax.jit, static_argnums=0)
   def pull(implementation, *operands):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -50,11 +51,6 @@ class _Form(NamedTuple):
     """Returns how many blocks so many queries of a head make."""
     return -(-queries // (self.computing * ROWS))
 
-  def time(self, heads: int, queries: int, multiprocessors: int) -> float:
-    """Returns what attention takes: whole turns of all multiprocessors."""
-    turns = -(-heads * self.blocks(queries) // multiprocessors)
-    return turns * self.turn
-
 
 _FORMS = (
   _Form(3, 128, 128, (160, 32), 4.0),
@@ -62,6 +58,12 @@ _FORMS = (
   _Form(5, 64, 48, (88, 40), 7.0),
   _Form(4, 64, 64, (112, 32), 5.6),
 )
+
+
+def count_turns(blocks: int) -> int:
+  """Returns how often all multiprocessors take a block each, to run so many."""
+  cores = getattr(jax.devices()[0], "core_count", _MULTIPROCESSORS)
+  return -(-blocks // cores)
 
 
 def _choose(heads: int, queries: int, channels: int) -> _Form:
@@ -73,8 +75,10 @@ def _choose(heads: int, queries: int, channels: int) -> _Form:
       f"heads have {channels} channels, but this kernel takes {most} at most; "
       "ask for another implementation of attention"
     )
-  cores = getattr(jax.devices()[0], "core_count", _MULTIPROCESSORS)
-  return min(forms, key=lambda form: form.time(heads, queries, cores))
+  return min(
+    forms,
+    key=lambda form: count_turns(heads * form.blocks(queries)) * form.turn,
+  )
 
 
 TILE = plgpu.Layout.WGMMA
@@ -84,7 +88,7 @@ COMPILER = plgpu.CompilerParams(
 )
 
 
-def _kernel(
+def _attention_kernel(
   query_length,
   key_length,
   query,
@@ -236,6 +240,12 @@ def shared_tiles(
   )
 
 
+def bind(kernel: Callable[..., None], **options) -> Callable[..., None]:
+  """Returns a kernel with options, which profiles show under its name."""
+  bound = functools.partial(kernel, **options)
+  return functools.update_wrapper(bound, kernel, ("__name__",), ())
+
+
 def barriers(number: int, arrivals: int = 1) -> plgpu.Barrier:
   """Returns barriers that so many arrivals open."""
   return plgpu.Barrier(num_barriers=number, num_arrivals=arrivals)
@@ -295,7 +305,7 @@ def hopper_attention(
     result = result, log_sum
     scratch["log_sum_tiles"] = plgpu.SMEM((computing, ROWS), jnp.float32)
   return plgpu.kernel(
-    functools.partial(_kernel, form=form, value_head=value_head),
+    bind(_attention_kernel, form=form, value_head=value_head),
     out_type=result,
     scratch_types=scratch,
     grid=(heads, form.blocks(num_queries), batch),

@@ -1,17 +1,18 @@
 """Gradients of attention as one kernel for NVIDIA's Hopper GPUs.
 
-A block keeps 256 keys of a head, with their values, and passes over the queries
-once, as FlashAttention does (arXiv 2205.14135): each of its four warpgroups
+A block keeps some keys of a head, with their values, and passes over the
+queries once, as FlashAttention does (arXiv 2205.14135): each of its warpgroups
 sums the gradients of its own 64 keys and values, and they take turns in
-multiplying what all of them found for 64 queries. Where 256 keys are all, as a
-small frame's tokens are, nothing is summed in memory, cleared before or rounded
-after. Results are the same each time.
+multiplying what all of them found for 64 queries. Where a block's keys are all,
+as a small frame's tokens are, nothing is summed in memory, cleared before or
+rounded after. Results are the same each time.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -24,25 +25,58 @@ from point3r_jax.models.hopper_attention import (
   ROWS,
   TILE,
   barriers,
+  bind,
+  count_turns,
   shared_tiles,
 )
 
 # What registers hold of a head: the sums of a warpgroup's keys and values.
 MOST_CHANNELS = 64
 
-_WARPGROUPS = 4
-_KEYS = _WARPGROUPS * ROWS
-# Steps, of as many queries as a warpgroup has rows, that are in flight; the
-# queries that are multiplied at a time; and how many steps' gradients of scores
-# there is room for.
+# Steps, of as many queries as a warpgroup has rows, that are in flight; and how
+# many steps' gradients of scores there is room for.
 _STAGES = 2
-_QUERIES = ROWS // 2
 _PLACES = 2
+
+
+class _Form(NamedTuple):
+  """A shape of blocks, each of which has a multiprocessor to itself.
+
+  Attributes:
+    warpgroups: each with keys of its own. Fewer have more registers.
+    queries: that are multiplied at a time, as registers allow.
+    turn: time of a block, measured, relative to the others'.
+  """
+
+  warpgroups: int
+  queries: int
+  turn: float
+
+  @property
+  def keys(self) -> int:
+    """Keys of a block."""
+    return self.warpgroups * ROWS
+
+  def blocks(self, keys: int) -> int:
+    """Returns how many blocks so many keys of a head make."""
+    return -(-keys // self.keys)
+
+
+_FORMS = (_Form(4, ROWS // 2, 1.4), _Form(3, ROWS, 1.0))
+
+
+def _choose(heads: int, keys: int) -> _Form:
+  """Returns the form that takes the least time, the first of equals."""
+  return min(
+    _FORMS,
+    key=lambda form: count_turns(heads * form.blocks(keys)) * form.turn,
+  )
+
 
 _COLUMN = TILE.reduce(0)
 
 
-def _kernel(
+def _gradient_kernel(
   key_length,
   query,
   key,
@@ -54,6 +88,7 @@ def _kernel(
   of_key,
   of_value,
   *,
+  form,
   key_tiles,
   value_tiles,
   query_tiles,
@@ -79,7 +114,7 @@ def _kernel(
   warpgroup = lax.axis_index("warpgroup")
   num_queries, channels = query.shape[1], query_tiles.shape[-1]
   scale = channels**-0.5
-  first, keys = tile * _KEYS, key_length[batch]
+  first, keys = tile * form.keys, key_length[batch]
   steps = jnp.where(first < keys, jnp.int32(pl.cdiv(num_queries, ROWS)), 0)
   own = first + warpgroup * ROWS
   own_rows = pl.ds(own, ROWS)
@@ -110,18 +145,19 @@ def _kernel(
       plgpu.wgmma(total, own, others.T)
       return total[...]
 
-    return pl.run_scoped(run, plgpu.ACC((ROWS, _QUERIES), jnp.float32))
+    return pl.run_scoped(run, plgpu.ACC((ROWS, form.queries), jnp.float32))
 
   def of_own(step, part, totals):
     """Adds what a part of a step's queries gives to the own keys' gradients."""
-    here, columns = turn(step, _STAGES), pl.ds(part * _QUERIES, _QUERIES)
+    here = turn(step, _STAGES)
+    columns = pl.ds(part * form.queries, form.queries)
     queries = query_tiles.at[here, columns]
     gradients = gradient_tiles.at[here, columns]
     dtype = queries.dtype
 
     def down_columns(tiles):
       x = plgpu.layout_cast(tiles[here, columns], _COLUMN)
-      return lax.broadcast_in_dim(x, (ROWS, _QUERIES), [1])
+      return lax.broadcast_in_dim(x, (ROWS, form.queries), [1])
 
     def mask(weights):
       row = plgpu.broadcasted_iota(jnp.int32, weights.shape, 0, layout=TILE)
@@ -148,7 +184,7 @@ def _kernel(
 
     def run(total):
       places = score_tiles.at[turn(step, _PLACES)]
-      for other in range(_WARPGROUPS):
+      for other in range(form.warpgroups):
         plgpu.wgmma(total, places.at[other].T, key_tiles.at[other])
       return total[...]
 
@@ -163,21 +199,21 @@ def _kernel(
 
     @pl.when(step >= _PLACES)
     def _():
-      plgpu.barrier_wait(scores_read.at[turn(step - _PLACES, _WARPGROUPS)])
-
-    def of_second_part(totals):
-      return of_own(step, 1, totals)
+      plgpu.barrier_wait(scores_read.at[turn(step - _PLACES, form.warpgroups)])
 
     totals = of_own(step, 0, totals)
-    if 0 < num_queries % ROWS <= _QUERIES:
-      some = step * ROWS + _QUERIES < num_queries
-      totals = lax.cond(some, of_second_part, lambda x: x, totals)
-    else:
-      totals = of_second_part(totals)
+    for part in range(1, ROWS // form.queries):
+      add_part = functools.partial(of_own, step, part)
+      before = part * form.queries
+      if 0 < num_queries % ROWS <= before:
+        some = step * ROWS + before < num_queries
+        totals = lax.cond(some, add_part, lambda x: x, totals)
+      else:
+        totals = add_part(totals)
     plgpu.commit_smem()
-    plgpu.barrier_arrive(scores_ready.at[turn(step, _WARPGROUPS)])
+    plgpu.barrier_arrive(scores_ready.at[turn(step, form.warpgroups)])
 
-    @pl.when(turn(step, _WARPGROUPS) == warpgroup)
+    @pl.when(turn(step, form.warpgroups) == warpgroup)
     def _():
       plgpu.barrier_wait(scores_ready.at[warpgroup])
 
@@ -218,14 +254,16 @@ def _dots(output: jax.Array, gradient: jax.Array) -> jax.Array:
   return jnp.pad(dots, ((0, 0), (0, 0), (0, -dots.shape[-1] % ROWS)))
 
 
-def _add_tiles(of_query: jax.Array, key_length: jax.Array) -> jax.Array:
-  """Adds what the blocks of keys found for queries, (blocks, B, N, heads, d).
+def _add_tiles(
+  of_query: jax.Array, keys: int, key_length: jax.Array
+) -> jax.Array:
+  """Adds what blocks of keys found for queries, (blocks, B, N, heads, d).
 
   Each has rounded its own. Those without valid keys have written nothing.
   """
   if len(of_query) == 1:
     return of_query[0]
-  starts = jnp.arange(len(of_query)) * _KEYS
+  starts = jnp.arange(len(of_query)) * keys
   written = (starts[:, None] < key_length)[..., None, None, None]
   total = jnp.where(written, of_query.astype(jnp.float32), 0).sum(axis=0)
   return total.astype(of_query.dtype)
@@ -261,21 +299,24 @@ def hopper_attention_gradient(
     ValueError: for heads with more channels.
   """
   batch, _, heads, channels = query.shape
+  num_keys = key.shape[1]
   if channels > MOST_CHANNELS:
     raise ValueError(
       f"heads have {channels} channels, but the backward pass of this kernel "
       f"takes {MOST_CHANNELS} at most; ask for another implementation of "
       "attention"
     )
-  dtype, blocks = query.dtype, pl.cdiv(key.shape[1], _KEYS)
+  dtype = query.dtype
+  form = _choose(batch * heads, num_keys)
+  blocks = form.blocks(num_keys)
   # Parts of a step are no wider, and all that is multiplied is laid out alike.
-  swizzle = plgpu.find_swizzle(math.gcd(channels, _QUERIES) * 16)
+  swizzle = plgpu.find_swizzle(math.gcd(channels, form.queries) * 16)
   tiles = functools.partial(shared_tiles, dtype=dtype, swizzle=swizzle)
-  own = tiles((_WARPGROUPS, ROWS, channels))
+  own = tiles((form.warpgroups, ROWS, channels))
   flying = tiles((_STAGES, ROWS, channels))
   statistics = plgpu.SMEM((_STAGES, ROWS), jnp.float32)
   of_query, of_key, of_value = plgpu.kernel(
-    _kernel,
+    bind(_gradient_kernel, form=form),
     out_type=(
       jax.ShapeDtypeStruct((blocks, *query.shape), dtype),
       jax.ShapeDtypeStruct(key.shape, dtype),
@@ -288,17 +329,17 @@ def hopper_attention_gradient(
       "gradient_tiles": flying,
       "log_sum_tiles": statistics,
       "dot_tiles": statistics,
-      "score_tiles": tiles((_PLACES, _WARPGROUPS, ROWS, ROWS)),
+      "score_tiles": tiles((_PLACES, form.warpgroups, ROWS, ROWS)),
       "result_tiles": own,
-      "own_ready": barriers(1, 2 * _WARPGROUPS),
+      "own_ready": barriers(1, 2 * form.warpgroups),
       "ready": barriers(_STAGES, 4),
-      "scores_ready": barriers(_WARPGROUPS, _WARPGROUPS),
-      "scores_read": barriers(_WARPGROUPS),
+      "scores_ready": barriers(form.warpgroups, form.warpgroups),
+      "scores_read": barriers(form.warpgroups),
     },
     grid=(heads, blocks, batch),
     grid_names=("head", "tile", "batch"),
-    num_threads=_WARPGROUPS,
+    num_threads=form.warpgroups,
     thread_name="warpgroup",
     compiler_params=COMPILER,
   )(key_length, query, key, value, log_sum, _dots(output, gradient), gradient)
-  return _add_tiles(of_query, key_length), of_key, of_value
+  return _add_tiles(of_query, form.keys, key_length), of_key, of_value

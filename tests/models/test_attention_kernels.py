@@ -189,6 +189,23 @@ def test_hopper_blocks_that_take_the_least_time(
   assert form.computing == computing
 
 
+@pytest.mark.parametrize(
+  ("heads", "keys", "warpgroups"),
+  [
+    (1280, 200, 4),  # Tokens of small images, in training: one block each.
+    (256, 784, 3),
+    (48, 3072, 3),
+    (32, 200, 3),  # In one turn of 132 multiprocessors, with two blocks, too.
+    (67, 200, 4),
+  ],
+)
+def test_hopper_blocks_of_keys_that_take_the_least_time(
+  heads, keys, warpgroups
+):
+  form = hopper_attention_gradient._choose(heads, keys)
+  assert form.warpgroups == warpgroups
+
+
 def test_hopper_blocks_have_limits_that_are_said():
   most = max(form.channels for form in hopper_attention._FORMS)
   assert attention_module._MOST_HOPPER_CHANNELS == most == 128
