@@ -259,14 +259,15 @@ class Point3R(nn.Module):
     maps = (tokens, half[:, 1:], three_quarters[:, 1:], last)
     raw_world = self.world_head(maps, pose_token, grid)
     points_world, confidence_world = point_map(raw_world)
+    raw_camera = self.camera_dense(maps, grid) if self.camera_head else None
     # New pointers wait for these points, nothing waits for the camera's: XLA is
     # not to make both in one kernel, nor these again for the pointers.
-    points_world, unhurried = jax.lax.optimization_barrier((points_world, last))
-    points_camera = confidence_camera = None
-    if self.camera_head:
-      points_camera, confidence_camera = self.camera_points(
-        (*maps[:-1], unhurried), grid
-      )
+    points_world, raw_camera = jax.lax.optimization_barrier(
+      (points_world, raw_camera)
+    )
+    points_camera, confidence_camera = (
+      point_map(raw_camera) if self.camera_head else (None, None)
+    )
     position, feature = self._new_pointers(tokens, last, points_world, grid)
     return FrameOutput(
       points_camera=points_camera,
