@@ -13,6 +13,7 @@ from flax.linen.dtypes import promote_dtype
 from point3r_jax.config import ModelConfig
 from point3r_jax.models.compute import Compute
 from point3r_jax.models.linear import Linear, add_bias, sum_products
+from point3r_jax.models.parameter import parameter
 
 
 @jax.custom_jvp
@@ -50,8 +51,7 @@ class Conv(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps x (B, H, W, K) to (B, ⌈H/stride⌉, ⌈W/stride⌉, features)."""
     channels = x.shape[-1]
-    zeros = nn.initializers.zeros
-    kernel = self.param("kernel", zeros, (3, 3, channels, self.features))
+    kernel = parameter(self, "kernel", (3, 3, channels, self.features))
     x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
     x = jax.lax.conv_general_dilated(
       x,
@@ -61,7 +61,7 @@ class Conv(nn.Module):
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
     if self.use_bias:
-      bias = self.param("bias", zeros, (self.features,))
+      bias = parameter(self, "bias", (self.features,))
       x = add_bias(x, bias.astype(self.dtype))
     return x
 
@@ -119,9 +119,8 @@ class Readout(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps x (…, K) to (…, features) float32."""
-    zeros = nn.initializers.zeros
-    kernel = self.param("kernel", zeros, (x.shape[-1], self.features))
-    bias = self.param("bias", zeros, (self.features,))
+    kernel = parameter(self, "kernel", (x.shape[-1], self.features))
+    bias = parameter(self, "bias", (self.features,))
     x = relu(x)
     if x.dtype == jnp.bfloat16:
       return _read_out(x, kernel) + bias
@@ -144,11 +143,10 @@ class TransposedConv(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps x (B, h, w, K) to (B, scale·h, scale·w, K)."""
     batch, height, width, channels = x.shape
-    zeros = nn.initializers.zeros
-    kernel = self.param(
-      "kernel", zeros, (channels, self.scale, self.scale, channels)
+    kernel = parameter(
+      self, "kernel", (channels, self.scale, self.scale, channels)
     )
-    bias = self.param("bias", zeros, (channels,))
+    bias = parameter(self, "bias", (channels,))
     x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
     x = add_bias(jnp.einsum("bhwk,kijo->bhiwjo", x, kernel), bias)
     return x.reshape(batch, self.scale * height, self.scale * width, channels)

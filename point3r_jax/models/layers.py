@@ -1,8 +1,4 @@
-"""The layers that all parts share: norms, MLPs, attention blocks.
-
-Parameters are declared with zeros: how training starts them is a table of its
-own, in `point3r_jax.params`.
-"""
+"""The layers that all parts share: norms, MLPs, attention blocks."""
 
 from __future__ import annotations
 
@@ -16,6 +12,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from point3r_jax.models.compute import NORMED, Compute
 from point3r_jax.models.linear import Linear
+from point3r_jax.models.parameter import parameter
 from point3r_jax.models.rotary import RotaryTable, apply_rotary
 
 _EPSILON = 1e-6  # Of all LayerNorms.
@@ -397,9 +394,9 @@ class _ModulatedAffine(nn.Module):
     self, x: jax.Array, scale: jax.Array, shift: jax.Array
   ) -> jax.Array:
     """Maps x (B, N, D) under both (B, 1, D) to the same shape; float32."""
-    zeros, width = nn.initializers.zeros, x.shape[-1]
-    own_scale = self.param("scale", zeros, (width,))
-    own_shift = self.param("bias", zeros, (width,))
+    width = x.shape[-1]
+    own_scale = parameter(self, "scale", (width,))
+    own_shift = parameter(self, "bias", (width,))
     y = layer_norm(self.compute, affine=False)(x)
     return y * (own_scale * scale) + (own_shift * scale + shift)
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
+from point3r_jax.models.parameter import parameter
+
 # How many rows may be summed at once for the gradient of a weight.
 _ROWS = range(64, 1025, 8)
 
@@ -88,9 +90,8 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps x (…, in) to (…, features)."""
-    zeros = nn.initializers.zeros
-    kernel = self.param("kernel", zeros, (x.shape[-1], self.features))
-    bias = self.param("bias", zeros, (self.features,))
+    kernel = parameter(self, "kernel", (x.shape[-1], self.features))
+    bias = parameter(self, "bias", (self.features,))
     result = self.result or self.dtype
     sums = self.sums or result
     x, kernel = promote_dtype(x, kernel, dtype=self.dtype)

@@ -17,6 +17,7 @@ from point3r_jax.models.encoder import VisionTransformer
 from point3r_jax.models.heads import WorldHead, point_map, pose_encoding
 from point3r_jax.models.layers import Mlp
 from point3r_jax.models.linear import Linear
+from point3r_jax.models.parameter import parameter
 from point3r_jax.models.pose_memory import PoseMemory
 
 HEADS = ("both", "camera", "world")
@@ -125,9 +126,7 @@ class Point3R(nn.Module):
     self.image_projection = linear(config.decoder_width)
     self.pointer_projection = linear(config.decoder_width)
     self.decoder = InterleavedDecoder(config, compute)
-    self.pose_token = self.param(
-      "pose_token", nn.initializers.zeros, (config.decoder_width,)
-    )
+    self.pose_token = parameter(self, "pose_token", (config.decoder_width,))
     self.pose_memory = PoseMemory(config, compute)
     self.pose_head = Mlp(4 * config.decoder_width, 7, jnp.float32, "highest")
     self.camera_dense = compute.remat_dense(DenseHead)(config, compute)

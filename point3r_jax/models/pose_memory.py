@@ -10,6 +10,7 @@ from point3r_jax.config import ModelConfig
 from point3r_jax.models.compute import Compute
 from point3r_jax.models.layers import DecoderBlock
 from point3r_jax.models.linear import Linear
+from point3r_jax.models.parameter import parameter
 
 # Blocks that read from, and blocks that write to, the slots.
 _DEPTH = 2
@@ -24,11 +25,10 @@ class PoseMemory(nn.Module):
   def setup(self):
     """Creates the slots' start, the query's blank half and the blocks."""
     width = self.config.decoder_width
-    zeros = nn.initializers.zeros
-    self.initial_slots = self.param(
-      "slots", zeros, (self.config.pose_slots, 2 * width)
+    self.initial_slots = parameter(
+      self, "slots", (self.config.pose_slots, 2 * width)
     )
-    self.masked_token = self.param("masked_token", zeros, (width,))
+    self.masked_token = parameter(self, "masked_token", (width,))
     self.projection = Linear(width, self.compute.dtype, result=jnp.float32)
     sizes = (self.config.decoder_heads, self.config.mlp_ratio, self.compute)
     block = self.compute.remat_block(DecoderBlock)

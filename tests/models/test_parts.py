@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.errors import ScopeParamShapeError
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
@@ -431,3 +432,10 @@ def test_norms_without_parameters_only_normalise(precision, tolerance):
   assert y.dtype == block.compute.dtype and expected.dtype == jnp.float32
   np.testing.assert_allclose(y, expected, atol=tolerance, rtol=tolerance)
   np.testing.assert_allclose(gradient, expected_gradient, atol=tolerance)
+
+
+def test_a_parameter_of_another_shape_is_refused():
+  linear = Linear(3, jnp.float32)
+  kernel, bias = jnp.zeros((2, 4)), jnp.zeros(3)
+  with pytest.raises(ScopeParamShapeError, match=r'"kernel" .* \(2, 3\)'):
+    linear.apply({"params": {"kernel": kernel, "bias": bias}}, jnp.ones((1, 2)))
