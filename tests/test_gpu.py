@@ -17,6 +17,7 @@ from point3r_jax import stream_programs, streaming
 from point3r_jax.kernels_ahead import compile_kernels, find_kernels
 from point3r_jax.models import hopper_attention_gradient
 from point3r_jax.models.attention import attention
+from point3r_jax.models.hopper_attention import quickest
 from point3r_jax.params import prepare_params
 from point3r_jax.training.hlo import Program, type_shape
 from tests import goldens
@@ -70,6 +71,7 @@ def test_attention_equals_xla(implementation, head_dim, lengths):
     (2, (80, 136), 3, 1),
     (2, (8, 200), 3, 2),
     (2, (784, 264), 3, 2),
+    (2, (80, 700), 3, 4),
     (16, (200, 200), 4, 1),
     (2, (80, 1000), 4, 4),
   ],
@@ -78,7 +80,7 @@ def test_hopper_attentions_backward_pass(
   batch, tokens, warpgroups, blocks, head_dim
 ):
   """Within one and several blocks of keys; the same results each time."""
-  form = hopper_attention_gradient._choose(16 * batch, tokens[1])
+  form = quickest(hopper_attention_gradient.FORMS, 16 * batch, tokens[1])
   assert (form.warpgroups, form.blocks(tokens[1])) == (warpgroups, blocks)
   keys = jax.random.split(jax.random.key(0), 4)
   query, key, value, gradient = (

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.experimental.pallas as pl
@@ -25,6 +25,9 @@ ROWS = 64
 _STAGES = 2
 # Of the largest Hopper GPUs, if the device is none.
 _MULTIPROCESSORS = 132
+
+# A form of this kernel or of that of the gradients.
+_AnyForm = TypeVar("_AnyForm")
 
 
 class _Form(NamedTuple):
@@ -60,14 +63,25 @@ _FORMS = (
 )
 
 
-def count_turns(blocks: int) -> int:
-  """Returns how often all multiprocessors take a block each, to run so many."""
+def quickest(forms: Iterable[_AnyForm], heads: int, tokens: int) -> _AnyForm:
+  """Returns the form that takes the least time, the first of equals.
+
+  Args:
+    forms: with `blocks` of so many tokens of a head, and the time of a `turn`,
+      in which all multiprocessors take a block each.
+    heads: of all sequences.
+    tokens: that a form's blocks divide.
+  """
   cores = getattr(jax.devices()[0], "core_count", _MULTIPROCESSORS)
-  return -(-blocks // cores)
+
+  def time(form):
+    return -(-heads * form.blocks(tokens) // cores) * form.turn
+
+  return min(forms, key=time)
 
 
 def _choose(heads: int, queries: int, channels: int) -> _Form:
-  """Returns the form that takes the least time, the first of equals."""
+  """Returns the quickest form of those that hold so many channels."""
   forms = [form for form in _FORMS if channels <= form.channels]
   if not forms:
     most = max(form.channels for form in _FORMS)
@@ -75,10 +89,7 @@ def _choose(heads: int, queries: int, channels: int) -> _Form:
       f"heads have {channels} channels, but this kernel takes {most} at most; "
       "ask for another implementation of attention"
     )
-  return min(
-    forms,
-    key=lambda form: count_turns(heads * form.blocks(queries)) * form.turn,
-  )
+  return quickest(forms, heads, queries)
 
 
 TILE = plgpu.Layout.WGMMA

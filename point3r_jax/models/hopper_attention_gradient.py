@@ -26,7 +26,7 @@ from point3r_jax.models.hopper_attention import (
   TILE,
   barriers,
   bind,
-  count_turns,
+  quickest,
   shared_tiles,
 )
 
@@ -62,15 +62,7 @@ class _Form(NamedTuple):
     return -(-keys // self.keys)
 
 
-_FORMS = (_Form(4, ROWS // 2, 1.4), _Form(3, ROWS, 1.0))
-
-
-def _choose(heads: int, keys: int) -> _Form:
-  """Returns the form that takes the least time, the first of equals."""
-  return min(
-    _FORMS,
-    key=lambda form: count_turns(heads * form.blocks(keys)) * form.turn,
-  )
+FORMS = (_Form(4, ROWS // 2, 1.4), _Form(3, ROWS, 1.0))
 
 
 _COLUMN = TILE.reduce(0)
@@ -307,7 +299,7 @@ def hopper_attention_gradient(
       "attention"
     )
   dtype = query.dtype
-  form = _choose(batch * heads, num_keys)
+  form = quickest(FORMS, batch * heads, num_keys)
   blocks = form.blocks(num_keys)
   # Parts of a step are no wider, and all that is multiplied is laid out alike.
   swizzle = plgpu.find_swizzle(math.gcd(channels, form.queries) * 16)

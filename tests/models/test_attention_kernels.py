@@ -202,7 +202,7 @@ def test_hopper_blocks_that_take_the_least_time(
 def test_hopper_blocks_of_keys_that_take_the_least_time(
   heads, keys, warpgroups
 ):
-  form = hopper_attention_gradient._choose(heads, keys)
+  form = hopper_attention.quickest(hopper_attention_gradient.FORMS, heads, keys)
   assert form.warpgroups == warpgroups
 
 
