@@ -216,6 +216,15 @@ def test_kernels_side_by_side_are_the_same_function(monkeypatch, many_rows):
       assert error < 0.01 * np.linalg.norm(expected), name
 
 
+def read(entry, x):
+  """Names of what an instruction reads: of a tuple only its part."""
+  if x.operation == "get-tuple-element":
+    whole = entry.get(x.operands[0])
+    if whole is not None and whole.operation == "tuple":
+      return [whole.operands[int(re.search(r"index=(\d+)", x.rest)[1])]]
+  return x.operands
+
+
 def convolutions_waited_for(text, shape):
   """Names of convolutions that the program's last result of a shape needs."""
   program = Program(text)
@@ -230,7 +239,7 @@ def convolutions_waited_for(text, shape):
     name = waiting.pop()
     if name in entry and name not in needed:
       needed.add(name)
-      waiting += entry[name].operands
+      waiting += read(entry, entry[name])
   names = (re.search(r'op_name="([^"]*)"', entry[x].rest) for x in needed)
   return [x[1] for x in names if x and "conv_general_dilated" in x[1]]
 
