@@ -7,6 +7,8 @@ import logging
 import multiprocessing
 import os
 import pathlib
+import sys
+import typing
 
 import pytest
 
@@ -33,10 +35,21 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # Tracing makes many objects and hardly any garbage: a twentieth of the time.
 gc.set_threshold(100_000)
 
+# Orbax asks of each array whether it follows a protocol. Python 3.12 remembers
+# what that takes.
+if sys.version_info < (3, 12):
+  typing._get_protocol_attrs = functools.cache(typing._get_protocol_attrs)
+
 # What tests run in processes of their own: importing JAX takes seconds.
 multiprocessing.set_forkserver_preload(
   ["point3r_jax.export.scene_process", "point3r_jax.cli.train"]
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_is_there_is_no_garbage():
+  """Loaders that close collect garbage: not among what modules before left."""
+  gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -14,6 +14,8 @@ import pathlib
 import zlib
 from collections.abc import Iterator
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from point3r_jax import geometry
@@ -116,6 +118,20 @@ def load_golden(name: str) -> Golden:
   )
 
 
+@jax.jit
+def _seen_from_cameras(points, poses):
+  """Returns points in each camera and the first one's, and poses in that."""
+  world_to_camera = geometry.invert_pose(poses)
+  to_first = jnp.einsum(
+    "bij,tbjk->tbik", world_to_camera[0], poses, precision="highest"
+  )
+  return {
+    "points_camera": geometry.transform_points(world_to_camera, points),
+    "points_world": geometry.transform_points(world_to_camera[:1], points),
+    "pose": geometry.matrix_to_pose(to_first),
+  }
+
+
 def loss_targets(golden: dict[str, np.ndarray], frames: int) -> Targets:
   """Returns the targets in a loss or gradient file."""
 
@@ -125,17 +141,10 @@ def loss_targets(golden: dict[str, np.ndarray], frames: int) -> Targets:
     )
 
   valid = stack("valid_mask")
-  poses = stack("camera_pose")
-  world_to_camera = geometry.invert_pose(poses)
-  points = stack("pts3d")
   absent = np.zeros(valid.shape[1], bool)
   flags = ("is_metric", "camera_only", "depth_only", "single_view")
   return Targets(
-    points_camera=geometry.transform_points(world_to_camera, points),
-    points_world=geometry.transform_points(world_to_camera[:1], points),
-    pose=geometry.matrix_to_pose(
-      np.einsum("bij,tbjk->tbik", world_to_camera[0], poses)
-    ),
+    **_seen_from_cameras(stack("pts3d"), stack("camera_pose")),
     valid=valid,
     sky=stack("sky_mask", np.zeros(valid.shape[1:], bool)),
     **{flag: golden.get(f"gt0/{flag}", absent) for flag in flags},

@@ -187,10 +187,9 @@ def test_nothing_is_kept_without_a_local_folder(folder):
   assert not files(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_programs", "finished_streams")
-@pytest.mark.parametrize(
-  "devices", [1, pytest.param(2, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("devices", [1, 2])
 def test_a_stream_whose_programs_were_kept_is_the_same(
   folder, monkeypatch, devices
 ):

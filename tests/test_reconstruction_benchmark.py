@@ -19,6 +19,7 @@ def _micro_model(monkeypatch):
   monkeypatch.setattr(reconstruction, "load_checkpoint", load)
 
 
+@pytest.mark.slow
 def test_made_up_video(tmp_path):
   path = tmp_path / "walk.mp4"
   reconstruction.make_video(path, (64, 96), frames=7, views=4)
@@ -30,6 +31,7 @@ def test_made_up_video(tmp_path):
   assert abs(there - back).mean() < abs(there - other).mean() / 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_micro_model")
 def test_reads_steps_and_writes_the_same_frames(tmp_path):
   flags = reconstruction.parse(["--frames=9", "--size=48"])

@@ -66,6 +66,7 @@ def test_reset_starts_over():
   chex.assert_trees_all_equal(first, second)
 
 
+@pytest.mark.slow
 def test_streams_side_by_side_are_what_they_are_alone():
   """On two devices, growing, and some of them starting anew halfway."""
   anew = np.array([False, True, False, True])

@@ -80,6 +80,7 @@ def test_encoder_and_step_are_compiled_side_by_side(own_programs, monkeypatch):
   assert set(stream.compile_seconds) == {"encoder", stream.capacity}
 
 
+@pytest.mark.slow
 def test_what_gpus_are_given_is_the_same_function(own_programs, monkeypatch):
   """Options and layouts that are for GPUs are known, and change no result."""
   stream = make_stream()
@@ -93,6 +94,7 @@ def test_what_gpus_are_given_is_the_same_function(own_programs, monkeypatch):
   chex.assert_trees_all_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_rows_that_are_not_read_hold_nothing(own_programs, monkeypatch):
   """Before each frame of a memory that can grow, a frame's rows are free."""
   seen = []
@@ -130,7 +132,9 @@ def test_choices_of_rows_are_blocks_of_large_memories():
     assert few % 128 == more % 128 == 0
 
 
-@pytest.mark.parametrize("rotary", [True, False])
+@pytest.mark.parametrize(
+  "rotary", [pytest.param(True, marks=pytest.mark.slow), False]
+)
 def test_decoders_run_on_as_few_rows_as_hold_all_pointers(
   own_programs, monkeypatch, rotary
 ):

@@ -122,12 +122,14 @@ def test_overflow_is_counted_and_bounded():
   chex.assert_tree_all_finite(predictions)
 
 
+@pytest.mark.slow
 def test_a_smaller_divisor_keeps_fewer_pointers():
   images = micro.images(FRAMES, 1)
   coarse, usual = run(images, fusion_divisor=3.0)[0], run(images)[0]
   assert coarse.count[0] < usual.count[0]
 
 
+@pytest.mark.slow
 def test_rotary_changes_all_but_the_first_frame():
   images = micro.images(FRAMES, 1)
   _, on = run(images)
@@ -206,6 +208,7 @@ def test_prepared_parameters_are_the_same_function(monkeypatch):
   assert_close(run(images, prepared), expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_prepared_parameters_round_as_little_as_cast_ones():
   images = micro.images(FRAMES, 1)
   exact = run(images)[1].points_world
@@ -297,6 +300,7 @@ def test_what_belongs_to_another_model_is_refused():
     p3r.step(micro.SCANNED, micro.scanned_params(), memory, images)
 
 
+@pytest.mark.slow
 def test_types_stay_with_64_bits_enabled():
   images, resets = micro.images(2, 1), np.zeros((2, 1), bool)
   expected = scan(images, resets)

@@ -107,6 +107,7 @@ def test_complete_predictions_are_kept(copied, checkpoint, monkeypatch):
   assert read(copied) == before
 
 
+@pytest.mark.slow
 def test_what_is_damaged_is_predicted_again(
   copied, checkpoint, monkeypatch, capsys
 ):
@@ -139,6 +140,7 @@ def test_scored_again_without_the_model(copied, monkeypatch):
   assert "alignment=median" in found["run"]["deviations"]
 
 
+@pytest.mark.slow
 def test_another_model_is_refused_unless_told_to(
   copied, checkpoint, tmp_path, capsys
 ):

@@ -412,9 +412,8 @@ def interrupt(checkpoint, folder, frames, interrupts):
   return out, error
 
 
-@pytest.mark.parametrize(
-  "frames", [pytest.param(0, marks=pytest.mark.slow), 20]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("frames", [0, 20])
 def test_ctrl_c_leaves_a_complete_set_of_files(checkpoint, tmp_path, frames):
   """Before the first frame (while compiling) and after some."""
   out, _ = interrupt(checkpoint, tmp_path, frames, 1)

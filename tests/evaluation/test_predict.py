@@ -82,8 +82,9 @@ def test_plans_hold_every_frame_once_and_are_balanced(sequences, lanes):
   assert max(loads) - min(loads) <= longest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("independent", [False, True])
-@pytest.mark.parametrize("lanes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lanes", [2, 4])
 def test_side_by_side_is_what_each_is_alone(
   tmp_path, make_stream, lanes, independent
 ):

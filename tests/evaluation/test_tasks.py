@@ -266,7 +266,9 @@ def test_without_a_score_there_is_no_report(tmp_path):
 
 
 @pytest.mark.parametrize("dataset", ["7scenes", "nrgbd"])
-@pytest.mark.parametrize("setting", ["sparse", "long"])
+@pytest.mark.parametrize(
+  "setting", ["sparse", pytest.param("long", marks=pytest.mark.slow)]
+)
 def test_mv_recon(tmp_path, dataset, setting):
   """Seen from the first camera in another unit, the cloud has no error."""
   options = {**trees.rgbd_options(), "scenes": "none", "setting": setting}

@@ -63,19 +63,22 @@ def test_blocks_of_queries(tokens, dtype):
   query = rng.standard_normal((2, tokens, 3, 8)).astype(dtype)
   key, value = rng.standard_normal((2, 2, 150, 3, 8)).astype(dtype)
   length, key_length = np.array([[tokens, 1], [1, 140]], np.int32)
-  expected = jax.nn.dot_product_attention(
-    query, key, value, key_value_seq_lengths=key_length, implementation="xla"
+  plain = jax.jit(
+    functools.partial(jax.nn.dot_product_attention, implementation="xla")
   )
+  expected = plain(query, key, value, key_value_seq_lengths=key_length)
   blocks = jax.jit(
     functools.partial(attention, query, key, value, implementation="blocks")
   )
-  result = blocks(query_length=length, key_length=key_length)
+  result = np.asarray(blocks(query_length=length, key_length=key_length))
   assert result.dtype == dtype
   near = {"atol": 1e-6 if dtype == np.float32 else 2e-2}
   np.testing.assert_allclose(
-    result.astype(np.float32), expected.astype(np.float32), **near
+    result.astype(np.float32), np.asarray(expected, np.float32), **near
   )
-  few = blocks(query_length=np.minimum(length, 100), key_length=key_length)
+  few = np.asarray(
+    blocks(query_length=np.minimum(length, 100), key_length=key_length)
+  )
   np.testing.assert_array_equal(few[:, :128], result[:, :128])
   assert not few[:, 128:].any()
 
@@ -85,8 +88,11 @@ def test_blocks_of_queries(tokens, dtype):
 def test_values_may_be_among_other_heads(implementation, keys):
   query, key, value, length = operands(2)
   key, value, length = key[:, :keys], value[:, :keys], np.minimum(length, keys)
-  run = functools.partial(
-    attention, query, key, key_length=length, implementation=implementation
+  run = jax.jit(
+    functools.partial(
+      attention, query, key, key_length=length, implementation=implementation
+    ),
+    static_argnames="value_head",
   )
   more = np.concatenate([key[:, :, :1], value, key], axis=2)
   with pltpu.force_tpu_interpret_mode():

@@ -97,10 +97,9 @@ def test_rotary_has_the_gradient_of_what_it_computes(head_dim):
   def weighted(x):
     return jnp.vdot(apply_rotary(x, table), weight)
 
-  columns = jax.vmap(weighted)(jnp.eye(x.size).reshape(-1, *x.shape))
-  np.testing.assert_allclose(
-    jax.grad(weighted)(x).ravel(), columns, rtol=1e-5, atol=1e-6
-  )
+  columns = jax.jit(jax.vmap(weighted))(np.eye(x.size).reshape(-1, *x.shape))
+  gradient = jax.jit(jax.grad(weighted))(x)
+  np.testing.assert_allclose(gradient.ravel(), columns, rtol=1e-5, atol=1e-6)
 
 
 @hypothesis.given(height=st.integers(1, 7), width=st.integers(1, 7))
@@ -115,8 +114,9 @@ def test_upsample_is_bilinear_with_aligned_corners(height, width):
     tall = [np.interp(rows, np.arange(height), c) for c in x[0, :, :, k].T]
     wide = [np.interp(columns, np.arange(width), r) for r in np.transpose(tall)]
     expected[0, ..., k] = wide
-  np.testing.assert_allclose(dpt.upsample(x), expected, atol=1e-5)
-  cropped = dpt.upsample(x, keep=(2 * height - 1, width))
+  upsample = jax.jit(dpt.upsample, static_argnames="keep")
+  np.testing.assert_allclose(upsample(x), expected, atol=1e-5)
+  cropped = upsample(x, keep=(2 * height - 1, width))
   np.testing.assert_allclose(cropped, expected[:, :-1, :width], atol=1e-5)
 
 
@@ -130,11 +130,17 @@ def test_derivatives_of_upsample_are_its_own():
   rng = np.random.default_rng(0)
   x, tangent = rng.standard_normal((2, 1, 3, 4, 2)).astype(np.float32)
   weight = rng.standard_normal((1, 6, 8, 2)).astype(np.float32)
-  _, pushed = jax.jvp(dpt.upsample, [x], [tangent])
-  np.testing.assert_allclose(pushed, dpt.upsample(tangent), atol=1e-6)
-  gradient = jax.grad(lambda x: jnp.vdot(dpt.upsample(x), weight))(x)
-  columns = jax.vmap(dpt.upsample)(jnp.eye(x.size).reshape(-1, *x.shape))
-  expected = jnp.tensordot(columns, weight, axes=weight.ndim)
+
+  @jax.jit
+  def run(x, tangent):
+    _, pushed = jax.jvp(dpt.upsample, [x], [tangent])
+    gradient = jax.grad(lambda x: jnp.vdot(dpt.upsample(x), weight))(x)
+    columns = jax.vmap(dpt.upsample)(jnp.eye(x.size).reshape(-1, *x.shape))
+    return pushed, dpt.upsample(tangent), gradient, columns
+
+  pushed, doubled, gradient, columns = run(x, tangent)
+  np.testing.assert_allclose(pushed, doubled, atol=1e-6)
+  expected = np.tensordot(columns, weight, axes=weight.ndim)
   np.testing.assert_allclose(gradient.ravel(), expected, atol=1e-5)
 
 
@@ -161,16 +167,16 @@ def test_maps_in_16_bits_are_read_out_in_float32(pixels):
     y = head.apply({"params": params}, x)
     return jnp.vdot(y, weight), y
 
-  def both(x):
-    return jax.grad(run, argnums=(0, 1), has_aux=True)(params, x)
-
-  (of_params, of_x), y = both(x)
-  (expected_of_params, expected_of_x), expected = both(x.astype(jnp.float32))
+  gradient = jax.jit(jax.grad(run, argnums=(0, 1), has_aux=True))
+  (of_params, of_x), y = gradient(params, x)
+  (expected_of_params, expected_of_x), expected = gradient(
+    params, x.astype(jnp.float32)
+  )
   assert y.dtype == jnp.float32
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
-  for name, gradient in of_params.items():
+  for name, found in of_params.items():
     np.testing.assert_allclose(
-      gradient, expected_of_params[name], rtol=1e-4, atol=1e-3
+      found, expected_of_params[name], rtol=1e-4, atol=1e-3
     )
   np.testing.assert_allclose(
     of_x.astype(np.float32), expected_of_x, rtol=2**-8, atol=1e-6
@@ -188,9 +194,9 @@ def test_rows_behind_the_tokens_change_nothing(monkeypatch, scan_layers):
   variables = jax.tree.map(
     lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype), shapes
   )
-  padded = encoder.apply(variables, image)
+  padded = jax.jit(lambda x: encoder.apply(variables, x))(image)
   monkeypatch.setattr(Compute, "token_block", 1)
-  expected = encoder.apply(variables, image)
+  expected = jax.jit(lambda x: encoder.apply(variables, x))(image)
   assert padded.shape == expected.shape == (2, 3, 32)
   np.testing.assert_allclose(padded, expected, atol=0.01, rtol=0.01)
 
@@ -281,9 +287,10 @@ def test_a_block_keeps_what_attends_and_not_what_it_is_made_of(remat, kept):
   block = compute.remat_block(layers.EncoderBlock)(4, 4, compute)
   x = jnp.ones((2, 6, 64))
   table = rotary_2d((2, 3), 16)
-  params = block.init(jax.random.key(0), x, table)
+  params = jax.eval_shape(block.init, jax.random.key(0), x, table)
   pullback = jax.eval_shape(
-    lambda: jax.vjp(lambda params: block.apply(params, x, table), params)[1]
+    lambda params: jax.vjp(lambda p: block.apply(p, x, table), params)[1],
+    params,
   )
   shapes = [x.shape for x in jax.tree.leaves(pullback)]
   queries, product = (2, 6, 4, 16), (2, 6, 3 * 64)
@@ -320,7 +327,7 @@ def test_what_is_computed_again_is_kept_apart(remat, scanned, apart):
   block = compute.remat_block(layers.EncoderBlock, scanned)(4, 4, compute)
   x = jnp.ones((2, 6, 64))
   table = rotary_2d((2, 3), 16)
-  params = block.init(jax.random.key(0), x, table)
+  params = jax.eval_shape(block.init, jax.random.key(0), x, table)
   gradient = jax.grad(lambda params: block.apply(params, x, table).sum())
   lowered = jax.jit(gradient).lower(params).as_text()
   assert ("optimization_barrier" in lowered) == apart
@@ -353,10 +360,10 @@ def test_activations():
 
 
 def test_activations_have_finite_gradients_at_zero():
-  gradient = jax.grad(lambda x: point_map(x)[0].sum())(jnp.zeros(4))
-  assert jnp.isfinite(gradient).all()
-  gradient = jax.jacobian(pose_encoding)(jnp.zeros(7))
-  assert jnp.isfinite(gradient).all()
+  gradient = jax.jit(jax.grad(lambda x: point_map(x)[0].sum()))(np.zeros(4))
+  assert np.isfinite(gradient).all()
+  gradient = jax.jit(jax.jacobian(pose_encoding))(np.zeros(7))
+  assert np.isfinite(gradient).all()
 
 
 def test_layers_of_one_kind_are_traced_once():
@@ -387,11 +394,9 @@ def test_layers_of_one_kind_are_traced_once():
 @hypothesis.settings(deadline=None, max_examples=14)
 def test_gradients_of_a_bias_are_sums_over_rows(rows, dtype):
   rng = np.random.default_rng(rows)
-  gradient = jnp.asarray(rng.standard_normal((rows, 24)), dtype)
-  _, pullback = jax.vjp(
-    add_bias, jnp.zeros((rows, 24), dtype), jnp.zeros(24, dtype)
-  )
-  of_y, of_bias = pullback(gradient)
+  gradient = rng.standard_normal((rows, 24)).astype(dtype)
+  pull_back = jax.jit(lambda y, bias, of: jax.vjp(add_bias, y, bias)[1](of))
+  of_y, of_bias = pull_back(np.zeros_like(gradient), gradient[0], gradient)
   np.testing.assert_array_equal(of_y, gradient)
   expected = np.asarray(gradient, np.float64).sum(0)
   rounding = 2e-7 if dtype == "float32" else 2**-8

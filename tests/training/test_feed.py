@@ -35,6 +35,7 @@ def experiment(**changes):
   return open_experiment(config, jax.devices()[:2])
 
 
+@pytest.mark.slow
 def test_devices_render_what_the_loader_reads():
   read, rendered = (
     experiment(render_on_devices=on_devices) for on_devices in (False, True)
@@ -80,6 +81,7 @@ def test_only_made_up_scenes_are_rendered():
     next(feed)
 
 
+@pytest.mark.slow
 def test_a_killed_process_of_the_loader_is_one_line():
   run = experiment(
     **{"loader.workers": 1, "loader.prefetch": 1, "epochs": 1_000}

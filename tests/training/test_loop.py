@@ -164,6 +164,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
   assert losses(tmp_path) == losses(straight[1])
 
 
+@pytest.mark.slow
 def test_a_signal_during_compilation_saves_what_is_done(
   straight, tmp_path, monkeypatch
 ):
@@ -232,6 +233,7 @@ def test_two_processes_train_as_one(straight, tmp_path):
   np.testing.assert_allclose(losses(tmp_path), losses(straight[1]), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_processes_that_would_train_something_else_end_with_a_line(tmp_path):
   processes = start_two(tmp_path, [], ["--config.seed=1"])
   outputs = finish(processes)
@@ -363,9 +365,8 @@ class Poisoned(Programs):
 EACH_STEP = {"checkpoint.every_epochs": 1 / STEPS, "checkpoint.keep_last": 2}
 
 
-@pytest.mark.parametrize(
-  "max_steps", [None, pytest.param(5, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("max_steps", [None, 5])
 def test_skipped_steps_do_not_push_good_checkpoints_out(
   straight, tmp_path, monkeypatch, caplog, max_steps
 ):
@@ -384,6 +385,7 @@ def test_skipped_steps_do_not_push_good_checkpoints_out(
   chex.assert_trees_all_equal(jax.device_get(state), straight[0])
 
 
+@pytest.mark.slow
 def test_a_complete_run_is_saved_and_a_streak_ends_with_it(
   straight, tmp_path, monkeypatch
 ):
@@ -397,6 +399,7 @@ def test_a_complete_run_is_saved_and_a_streak_ends_with_it(
   assert (int(state.skipped), int(state.streak)) == (1, 0)
 
 
+@pytest.mark.slow
 def test_what_was_done_before_an_unreadable_record_is_saved(
   straight, tmp_path, monkeypatch
 ):
@@ -427,6 +430,7 @@ def own_dataset():
   return open_experiment(config, jax.devices()[:1]), dataset
 
 
+@pytest.mark.slow
 def test_a_dataset_of_ones_own_trains_the_same(straight, tmp_path):
   run, dataset = own_dataset()
   options = RunOptions(tmp_path, max_steps=3)

@@ -156,7 +156,8 @@ def test_muons_updates_are_orthogonal_and_as_large_as_adams():
     lambda x: np.float32(rng.normal(size=x.shape)), params
   )
   optimizer = make_optimizer(muon_options(weight_decay=0.0), 10)
-  updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+  state = jax.jit(optimizer.init)(params)
+  updates, _ = jax.jit(optimizer.update)(gradient, state, params)
   for name, wide in (("tall", 96), ("layers", 64)):
     values = np.linalg.svd(updates[name]["kernel"], compute_uv=False)
     values = values / (0.1 * 0.2 * wide**0.5)
@@ -169,7 +170,8 @@ def test_muons_updates_are_orthogonal_and_as_large_as_adams():
     lr=0.1, warmup_epochs=0.0, clip_norm=1e6, weight_decay=0.0
   )
   adamw = make_optimizer(options, 10)
-  want, _ = adamw.update(gradient, adamw.init(params), params)
+  state = jax.jit(adamw.init)(params)
+  want, _ = jax.jit(adamw.update)(gradient, state, params)
   for tree in (want, updates):
     del tree["tall"]["kernel"], tree["layers"]
   chex.assert_trees_all_close(updates, want, rtol=1e-6)
@@ -189,10 +191,14 @@ def test_muon_is_the_same_for_layers_stacked_and_one_by_one():
   def stack(tree):
     return {"layers": jax.tree.map(lambda *x: np.stack(x), *tree.values())}
 
-  optimizer = make_optimizer(muon_options(), 10)
-  single, _ = optimizer.update(gradient, optimizer.init(params), params)
+  @jax.jit
+  def update(gradient, params):
+    optimizer = make_optimizer(muon_options(), 10)
+    return optimizer.update(gradient, optimizer.init(params), params)[0]
+
+  single = update(gradient, params)
   params, gradient = stack(params), stack(gradient)
-  stacked, _ = optimizer.update(gradient, optimizer.init(params), params)
+  stacked = update(gradient, params)
   chex.assert_trees_all_close(stacked, stack(single), rtol=1e-5, atol=1e-7)
 
 

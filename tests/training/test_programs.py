@@ -46,9 +46,8 @@ def run(devices=1, lr=1e-3):
   return jax.device_get((state, metrics))
 
 
-@pytest.mark.parametrize(
-  "devices", [1, pytest.param(2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
 def test_a_step_is_lowered_once(folder, monkeypatch, devices):
   jax.config.update("jax_enable_compilation_cache", False)
   expected = run(devices)

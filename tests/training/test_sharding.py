@@ -156,8 +156,9 @@ def test_what_is_sent_is_cast_and_what_is_summed_is_not(shape, rules):
     return jnp.sum(memory) + jnp.sum(predictions)
 
   with jax.set_mesh(mesh):
-    value, gradient = jax.value_and_grad(loss)(params)
-    jaxpr = str(jax.make_jaxpr(jax.grad(loss))(params))
+    traced = jax.jit(jax.value_and_grad(loss)).trace(params)
+    value, gradient = traced.lower().compile()(params)
+    jaxpr = str(traced.jaxpr)
   sent = re.findall(r":(\w+)\[[\d,]*\] = (all_gather|reduce_scatter)\[", jaxpr)
   split = rules is sharding.RULES and shape[1] > 1
   both = [("bf16", "all_gather"), ("f32", "reduce_scatter")]
