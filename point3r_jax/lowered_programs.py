@@ -62,6 +62,8 @@ def lower_once(
   Returns:
     What `jax.jit(program).lower(*operands)` does, to be compiled; it keeps
     unused operands. Unless it was read, its kernels are being compiled.
+    Where this package's files changed since the process read them, nothing is
+    kept: what it lowers is not what they say.
   """
   jit = functools.partial(
     jax.jit,
@@ -70,7 +72,7 @@ def lower_once(
     out_shardings=out_shardings,
   )
   folder = _folder()
-  if name is None or folder is None:
+  if name is None or folder is None or _digest_sources() != _SOURCES:
     return _with_kernels(jit(program).lower(*operands))
   path = folder / f"point3r-{_fingerprint(name, operands)}.lowered"
   structure = jax.tree.structure(result)
@@ -115,13 +117,16 @@ def _folder() -> Path | None:
   return None if "://" in folder else Path(folder)
 
 
-@functools.cache
-def _sources() -> bytes:
+def _digest_sources() -> bytes:
   """Returns a digest of this package's source files."""
   digest = hashlib.sha256()
   for path in sorted(Path(__file__).parent.rglob("*.py")):
     digest.update(path.read_bytes())
   return digest.digest()
+
+
+# As this process imports them.
+_SOURCES = _digest_sources()
 
 
 def _fingerprint(name: str, operands: Sequence[Any]) -> str:
@@ -137,7 +142,7 @@ def _fingerprint(name: str, operands: Sequence[Any]) -> str:
     structure,
     [(x.shape, x.dtype.name, _sharding(x)) for x in leaves],
   )
-  return hashlib.sha256(_sources() + repr(parts).encode()).hexdigest()[:32]
+  return hashlib.sha256(_SOURCES + repr(parts).encode()).hexdigest()[:32]
 
 
 def _export(

@@ -128,10 +128,24 @@ def test_settings_and_sources_make_another_program(folder, monkeypatch):
   finally:
     jax.config.update("jax_numpy_rank_promotion", before)
   assert other.traced == 1
-  monkeypatch.setattr(lowered_programs, "_sources", lambda: b"edited")
+  monkeypatch.setattr(lowered_programs, "_digest_sources", lambda: b"edited")
+  monkeypatch.setattr(lowered_programs, "_SOURCES", b"edited")
   other.lower()
   assert other.traced == 2
   assert len(files(folder)) == 3
+
+
+def test_files_edited_since_they_were_imported_keep_nothing(
+  folder, monkeypatch
+):
+  """The next process, which imports them as they are now, must not read it."""
+  Adder().lower()
+  monkeypatch.setattr(lowered_programs, "_digest_sources", lambda: b"edited")
+  for name in ("adder", "another"):
+    other = Adder()
+    other.lower(name=name)
+    assert other.traced == 1
+  assert len(files(folder)) == 1
 
 
 @pytest.mark.parametrize(
