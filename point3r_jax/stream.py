@@ -160,7 +160,8 @@ class Stream:
       capacity: pointers to start with room for; None: four frames' tokens, or
         as many as there may be.
       max_capacity: where growth stops; pointers beyond are merged into their
-        nearest, counted in `overflow` and warned about. None: no limit.
+        nearest, counted in `overflow` and, at a later frame, warned about.
+        None: no limit.
       look_ahead: images that `extend` encodes at once; None: 8, but 1 on a CPU,
         which gains nothing by more. There is always room for so many, at
         512×384 3 MB each and stream.
@@ -234,9 +235,9 @@ class Stream:
         )
     # A copy: the next frame takes over its buffers.
     self._memory = jax.device_put(
-      jax.tree.map(jnp.copy, memory), self._programs.split
+      jax.tree.map(jnp.copy, memory), self._memory.position.sharding
     )
-    self._counts = _Counts(self._tokens, self.pointer_count, self.overflow)
+    self._recount()
     self.frames = int(np.asarray(memory.frame).max())
 
   @property
@@ -275,8 +276,9 @@ class Stream:
           f"which must be ({self.batch_size},) bool, got {which.shape} "
           f"{which.dtype}"
         )
-      self._memory = self._clear(self._memory, which)
-      return
+      if not which.all():
+        self._memory = self._clear(self._memory, which)
+        return
     self._start(self.capacity)
 
   def wait_for_compiles(self) -> None:
@@ -342,8 +344,14 @@ class Stream:
     self._encoded = None
     self._tokens = self._memory.image_position.shape[1]
     self._counts = _Counts(self._tokens)
+    self._interrupted = False
     self._warned = False
     self.frames = 0
+
+  def _recount(self) -> None:
+    """Asks the device how full the memory is; waits for the last frame."""
+    self._counts = _Counts(self._tokens, self.pointer_count, self.overflow)
+    self._interrupted = False
 
   def _check(self, image: ArrayLike) -> np.ndarray | jax.Array:
     """Returns an image of each stream; raises ValueError for others."""
@@ -385,12 +393,14 @@ class Stream:
     """Takes the next of the encoded images."""
     self._make_room()
     step = self._step(self.capacity).result()
+    self._interrupted = True
     self._memory, self._last, self._frames = step(
       self._params.others, self._memory, self._last, self._frames
     )
+    self.frames += 1
     prediction = self._programs.copy(self._last)
     self._counts.add(prediction)
-    self.frames += 1
+    self._interrupted = False
     return prediction
 
   def _step(
@@ -410,6 +420,8 @@ class Stream:
 
   def _make_room(self) -> None:
     """Grows the memory if the next frame might not fit."""
+    if self._interrupted:  # A frame may be in memory that was not noted down.
+      self._recount()
     counts, larger = self._counts, self._next_capacity()
     counts.read()
     if larger == self.capacity:

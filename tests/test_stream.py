@@ -64,6 +64,8 @@ def test_reset_starts_over():
   assert stream.frames == 0 and stream.pointer_count == 0
   second = [jax.device_get(stream(image)) for image in images()]
   chex.assert_trees_all_equal(first, second)
+  stream.reset(np.array([True]))
+  assert stream.frames == 0 and stream.pointer_count == 0
 
 
 @pytest.mark.slow
@@ -125,6 +127,35 @@ def test_a_reset_mends_what_an_interruption_left():
   stream.reset()
   found = jax.device_get(stream(images()[0]))
   chex.assert_trees_all_equal(found, expected)
+
+
+def test_an_interrupted_frame_counts_what_it_left_in_memory():
+  """Between the step and the copy of its prediction, which is lost."""
+  clip = images()
+  expected = list(make_stream(capacity=128, fusion=False).extend(clip))
+  # With no room to spare.
+  stream = make_stream(capacity=2 * micro.TOKENS, fusion=False)
+  stream(clip[0])
+
+  def interrupted(_):
+    raise KeyboardInterrupt
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(stream._programs, "copy", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      stream(clip[1])
+  found = [stream(image) for image in clip[2:]]
+  assert stream.overflow == 0 and stream.frames == FRAMES
+  chex.assert_trees_all_close(found, expected[2:], atol=1e-5, rtol=1e-5)
+
+
+def test_a_memory_may_come_from_another_device():
+  stream = make_stream(capacity=FRAMES * micro.TOKENS)
+  stream(images()[0])
+  kept = jax.device_put(stream.memory, jax.devices()[1])
+  expected = jax.device_get(stream(images()[1]))
+  stream.memory = kept
+  chex.assert_trees_all_equal(jax.device_get(stream(images()[1])), expected)
 
 
 def test_a_memory_that_was_kept_goes_on_where_it_was():
