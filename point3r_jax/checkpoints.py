@@ -186,6 +186,16 @@ def _locate(
   """
   named = pretrained.find(checkpoint)
   directory = named or pathlib.Path(checkpoint).absolute()
+  if directory.is_file():
+    raise CheckpointError(
+      f"{directory} is a file; make a checkpoint of weights with "
+      f"convert_torch_weights.py --input {directory.name} --output DIRECTORY"
+    )
+  if str(checkpoint).startswith(UNTRAINED):
+    raise CheckpointError(
+      f"{checkpoint} stands for random weights, which no one keeps; name a "
+      "checkpoint"
+    )
   if not directory.is_dir():
     raise CheckpointError(
       f"there is no checkpoint {str(checkpoint)!r}: give a directory that "
@@ -288,8 +298,9 @@ def load_checkpoint(
       name of one that comes with the package; or "untrained:PRESET" for fresh
       random weights of a preset's size.
     precision: prepare for this policy before the weights go to the device
-      (halves device memory under bfloat16), see `prepare_params`; None keeps
-      what is stored.
+      (halves device memory under bfloat16), see `prepare_params`, and to be run
+      under it: under a finer one their rounding stays. None keeps what is
+      stored.
     scan_layers: load for a model whose layers are scanned.
     ema: load the moving average that a training run kept.
 

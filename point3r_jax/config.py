@@ -18,7 +18,7 @@ class ModelConfig:
     image_size: side in pixels the weights were trained for: that of a square if
       it is 224, otherwise the long one (512; 128). A default for tools; the
       model takes any size that is a multiple of `patch_size`.
-    patch_size: side of a token's patch, in pixels.
+    patch_size: side of a token's patch, in pixels: 16.
     encoder_width: E, channels of an encoder token.
     encoder_depth: blocks of the image encoder.
     encoder_heads: attention heads of the image and the value encoder.
@@ -72,9 +72,16 @@ class ModelConfig:
           f"{name}: width {width} does not divide into {heads} heads of a "
           f"multiple of {multiple} channels"
         )
-    if self.decoder_depth % 4:
+    if self.decoder_depth % 4 or self.decoder_depth < 4:
       raise ValueError(
         f"decoder_depth must be a multiple of 4, got {self.decoder_depth}"
+      )
+    if not self.rotary_bases:
+      raise ValueError("rotary_bases must hold a base or more")
+    if self.patch_size != 16:
+      raise ValueError(
+        "patch_size must be 16, for the dense heads make maps 16 times as "
+        f"large as the token grid; got {self.patch_size}"
       )
 
   def replace(self, **changes) -> ModelConfig:

@@ -76,7 +76,9 @@ def init_memory(
   Args:
     config: the model's sizes.
     batch_size: B, independent streams.
-    image_size: (H, W) of the frames to come, multiples of the patch size.
+    image_size: (H, W) of the frames to come, multiples of the patch size. They
+      all have it; of what a memory is given only the number of tokens is
+      checked, so (W, H) would pass.
     capacity: C, at least the tokens of a frame; default: four frames' tokens.
 
   Raises:
@@ -116,9 +118,18 @@ def reset(
   Args:
     memory: of B samples.
     mask: (B,) bool, which to empty; None: all.
+
+  Raises:
+    ValueError: if the mask is not of that shape and type.
   """
   if mask is None:
     return jax.tree.map(jnp.zeros_like, memory)
+  mask = jnp.asarray(mask)
+  if mask.shape != memory.count.shape or mask.dtype != bool:
+    raise ValueError(
+      f"the mask must be {memory.count.shape} bool, got {mask.shape} "
+      f"{mask.dtype}"
+    )
 
   def clear(x):
     return jnp.where(mask.reshape(-1, *[1] * (x.ndim - 1)), 0, x)

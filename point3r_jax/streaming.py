@@ -27,6 +27,8 @@ from point3r_jax.precision import Precision, get_precision
 # may run instead of all.
 _ROW_SIXTHS = (4, 5)
 _MANY_ROWS = 1024
+# Floats beyond are no images: resampling may leave [-1, 1], but not so far.
+_BRIGHTEST = 2.0
 
 
 @flax.struct.dataclass
@@ -39,10 +41,10 @@ class Prediction:
   Attributes:
     points_camera: (B, H, W, 3) float32 in the frame's camera; None if not asked
       for. Its z is the depth.
-    confidence_camera: (B, H, W) float32 above 1; None if not asked for.
+    confidence_camera: (B, H, W) float32, 1 or more; None if not asked for.
     points_world: (B, H, W, 3) float32 in the global frame; None if not asked
       for.
-    confidence_world: (B, H, W) float32 above 1; None if not asked for.
+    confidence_world: (B, H, W) float32, 1 or more; None if not asked for.
     pose: (B, 7) float32 camera-to-world: translation, unit quaternion wxyz.
     pointer_count: (B,) int32, pointers in memory after the frame.
     overflow: (B,) int32, pointers since reset that found no free row and were
@@ -321,8 +323,8 @@ def take_images(images: ArrayLike) -> np.ndarray | jax.Array:
 
   Raises:
     ValueError: for types that images cannot have, and for values of theirs that
-      are not finite, which would stay in the memory. On a device they are not
-      looked at.
+      are far out of range or not finite, which would stay in the memory. On a
+      device they are not looked at.
   """
   on_host = not isinstance(images, jax.Array)
   images = np.array(images) if on_host else images
@@ -330,9 +332,15 @@ def take_images(images: ArrayLike) -> np.ndarray | jax.Array:
     raise ValueError(
       f"images must be uint8, or float32 in [-1, 1], not {images.dtype}"
     )
-  floats = images.dtype != jnp.uint8
-  if on_host and floats and not np.isfinite(images).all():
-    raise ValueError("images must be finite, but hold NaN or infinity")
+  if on_host and images.dtype != jnp.uint8 and images.size:
+    low, high = images.min(), images.max()
+    if not (np.isfinite(low) and np.isfinite(high)):
+      raise ValueError("images must be finite, but hold NaN or infinity")
+    if max(-low, high) > _BRIGHTEST:
+      raise ValueError(
+        "images must be uint8, or float32 in [-1, 1], but these are float32 "
+        f"from {low:g} to {high:g}; divide 0 to 255 by 127.5 and subtract 1"
+      )
   return images
 
 
@@ -430,9 +438,10 @@ def scan(
   images = take_images(images)
   _check_images(memory, config, images, "TBHWC")
   resets = None if resets is None else jnp.asarray(resets)
-  if resets is not None and resets.shape != images.shape[:2]:
+  wanted = tuple(images.shape[:2])
+  if resets is not None and (resets.shape, resets.dtype) != (wanted, bool):
     raise ValueError(
-      f"resets must have shape {tuple(images.shape[:2])}, got {resets.shape}"
+      f"resets must be {wanted} bool, got {resets.shape} {resets.dtype}"
     )
   options = step_options(**options)
   return _scan(config, options, params, memory, images, resets)

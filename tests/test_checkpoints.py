@@ -143,6 +143,8 @@ def test_config_survives_json():
   [
     ({"encoder_heads": 3}, "does not divide"),
     ({"decoder_depth": 6}, "multiple of 4"),
+    ({"decoder_depth": 0}, "multiple of 4"),
+    ({"patch_size": 8}, "patch_size must be 16"),
   ],
 )
 def test_impossible_configs_are_refused(change, message):

@@ -235,6 +235,13 @@ def test_updated_names_the_frame_of_the_last_write():
   )
 
 
+@pytest.mark.parametrize("mask", [[True], [0, 1], np.ones((2, 1), bool)])
+def test_a_mask_of_another_shape_or_type_is_refused(mask):
+  memory = p3r.init_memory(CONFIG, 2, IMAGE_SIZE, CAPACITY)
+  with pytest.raises(ValueError, match=r"mask must be \(2,\) bool"):
+    p3r.reset(memory, mask)
+
+
 def test_reset_empties_the_masked_samples_only():
   rng = np.random.default_rng(0)
   memory = make_memory([cloud(rng, 3), cloud(rng, 5)])

@@ -276,6 +276,8 @@ def test_lowers_for_accelerators(platform, attention, precision):
     ({"images": np.zeros((1, 30, 48, 3), np.uint8)}, "multiple of the patch"),
     ({"images": np.zeros((2, 32, 48, 3), np.uint8)}, "init_memory"),
     ({"images": np.full((1, 32, 48, 3), np.nan, np.float32)}, "finite"),
+    ({"images": np.full((1, 32, 48, 3), -np.inf, np.float32)}, "finite"),
+    ({"images": np.full((1, 32, 48, 3), 255, np.float32)}, "from 255 to 255"),
     ({"precision": "float8"}, "unknown precision"),
     ({"attention": "magic"}, "unknown attention"),
     ({"heads": "tail"}, "unknown heads"),
@@ -310,6 +312,9 @@ def test_types_stay_with_64_bits_enabled():
   chex.assert_trees_all_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_resets_of_another_shape_are_refused():
-  with pytest.raises(ValueError, match="resets"):
-    scan(micro.images(2, 1), np.zeros((2, 2), bool))
+@pytest.mark.parametrize(
+  "resets", [np.zeros((2, 2), bool), np.zeros((2, 1), np.int32)]
+)
+def test_resets_of_another_shape_or_type_are_refused(resets):
+  with pytest.raises(ValueError, match=r"resets must be \(2, 1\) bool"):
+    scan(micro.images(2, 1), resets)

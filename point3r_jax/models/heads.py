@@ -28,7 +28,7 @@ def point_map(raw: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Activates a dense head's output (…, 4).
 
   Returns:
-    Points (…, 3) and confidences (…), the latter above 1.
+    Points (…, 3) and confidences (…), the latter 1 or more.
   """
   return _exponential_length(raw[..., :3]), 1 + jnp.exp(raw[..., 3])
 
