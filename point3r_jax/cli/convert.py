@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -62,8 +63,7 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument(
     "--seed",
     type=int,
-    default=0,
-    help="seed of the parts that DUSt3R lacks (default: %(default)s)",
+    help="seed of the parts that DUSt3R lacks (default: 0)",
   )
   parser.add_argument(
     "--to_torch", action="store_true", help="convert back to published names"
@@ -87,7 +87,7 @@ def _from_torch(flags: argparse.Namespace) -> None:
   dtype = _DTYPES.get(flags.dtype)
   with open_tensors(flags.input) as tensors:
     result = import_weights(
-      tensors, image_size=flags.image_size, dtype=dtype, seed=flags.seed
+      tensors, image_size=flags.image_size, dtype=dtype, seed=flags.seed or 0
     )
   metadata = {
     "source": pathlib.Path(flags.input).name,
@@ -116,8 +116,13 @@ def _from_torch(flags: argparse.Namespace) -> None:
 def _to_torch(flags: argparse.Namespace) -> None:
   output = pathlib.Path(flags.output)
   _check_output(output, flags.overwrite)
-  if output.is_dir():
-    raise CheckpointError(f"{output} is a directory; name a .safetensors file")
+  if output.is_dir() or output.suffix != ".safetensors":
+    raise CheckpointError(f"{output} must be named as a .safetensors file")
+  if flags.image_size is not None or flags.seed is not None:
+    raise CheckpointError(
+      "--image_size and --seed are for converting from PyTorch; leave them out "
+      "with --to_torch"
+    )
   config, params = load_params_to_host(flags.input)
   if flags.dtype:
     params = jax.tree.map(lambda x: x.astype(_DTYPES[flags.dtype]), params)
@@ -125,7 +130,9 @@ def _to_torch(flags: argparse.Namespace) -> None:
   del params
   output.parent.mkdir(parents=True, exist_ok=True)
   with atomic_file(output) as file:
+    mode = os.fstat(file.fileno()).st_mode
     save_file(tensors, file.name, export_metadata(config))
+    os.chmod(file.name, mode)  # It puts another file there, for its owner only.
   print(f"{output}: {len(tensors)} tensors under their published names")
 
 

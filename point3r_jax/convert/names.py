@@ -258,6 +258,9 @@ def from_dust3r(names: Mapping[str, object]) -> dict[str, str]:
   Returns:
     New name → name in the file, for every tensor that is taken over; leftovers
     of DUSt3R do not appear.
+
+  Raises:
+    ValueError: if two tensors would take the same name.
   """
   prefixes = {
     "dec_blocks2.": "dec_blocks_memory.",
@@ -265,17 +268,23 @@ def from_dust3r(names: Mapping[str, object]) -> dict[str, str]:
     "downstream_head2.dpt.": "downstream_head.dpt_cross.",
   }
   result = {}
+
+  def take(name: str, new: str) -> None:
+    if new in result:
+      raise ValueError(f"{result[new]} and {name} would both be {new}")
+    result[new] = name
+
   for name in names:
     for old, new in prefixes.items():
       if name.startswith(old):
-        result[new + name.removeprefix(old)] = name
+        take(name, new + name.removeprefix(old))
         break
     else:
-      result[name] = name
+      take(name, name)
     if name.startswith("patch_embed."):
-      result[f"pts_{name}"] = name
+      take(name, f"pts_{name}")
   if not any(name.startswith("dec_blocks2.") for name in names):
     for name in names:
       if name.startswith("dec_blocks."):
-        result[name.replace("dec_blocks.", "dec_blocks_memory.", 1)] = name
+        take(name, name.replace("dec_blocks.", "dec_blocks_memory.", 1))
   return result

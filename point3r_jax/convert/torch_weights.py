@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.traverse_util
+import jax.numpy as jnp
 import numpy as np
 
 from point3r_jax.config import ModelConfig
@@ -77,16 +78,17 @@ def _check(
   config: ModelConfig,
   fresh: tuple[str, ...],
 ) -> tuple[str, ...]:
-  """Compares names and shapes; returns the names to initialise.
+  """Compares names, shapes and types; returns the names to initialise.
 
   Raises:
-    CheckpointFileError: with all that is missing, left over or misshapen.
+    CheckpointFileError: with all that is missing, left over, misshapen or no
+      weight by its type.
   """
   known = {w.name for w in table} | {w.alias for w in table if w.alias}
   absent = [w.name for w in table if not {w.name, w.alias} & set(sources)]
   initialised = tuple(name for name in absent if name.startswith(fresh))
   shapes = flat_shapes(param_shapes(config))
-  misshapen = []
+  misshapen, coded = [], []
   for weight in table:
     for name in {weight.name, weight.alias} & set(sources):
       published = tensors[sources[name]].shape
@@ -97,10 +99,14 @@ def _check(
         fits = False
       if not fits:
         misshapen.append(f"{name} {published}")
+      dtype = tensors[sources[name]].dtype
+      if not jnp.issubdtype(dtype, jnp.floating):
+        coded.append(f"{name} {np.dtype(dtype)}")
   problems = {
     "missing": sorted(set(absent) - set(initialised)),
     "unknown": sorted(set(sources) - known),
     "of an unexpected shape": sorted(misshapen),
+    "not floating-point numbers": sorted(coded),
   }
   if any(problems.values()):
     raise CheckpointFileError(
@@ -147,13 +153,17 @@ def import_weights(
 
   Raises:
     CheckpointFileError: unless every tensor of the model is there in the right
-      shape and every other name is known to be of no use; lists all problems.
+      shape, of a floating type, and every other name is known to be of no use;
+      lists all problems.
   """
   sources, ignored, fresh, kind = {n: n for n in tensors}, (), (), "point3r"
   if any(name.startswith("downstream_head1.") for name in tensors):
     kind, fresh = "dust3r", _NOT_IN_DUST3R
     ignored = tuple(n for n in tensors if n.startswith(_IGNORED_BY_DUST3R))
-    sources = from_dust3r([n for n in tensors if n not in ignored])
+    try:
+      sources = from_dust3r([n for n in tensors if n not in ignored])
+    except ValueError as error:
+      raise CheckpointFileError(f"{tensors.path}: {error}") from error
   try:
     shapes = {new: tensors[old].shape for new, old in sources.items()}
     config = _config(tensors, shapes, image_size)

@@ -120,6 +120,9 @@ def test_there_and_back_is_bit_exact(tmp_path, state, dtype, kind):
   assert convert(tmp_path / "in", tmp_path / "out") == 0
   back = tmp_path / "back.safetensors"
   assert convert(tmp_path / "out", back, "--to_torch") == 0
+  ordinary = tmp_path / "ordinary"
+  ordinary.touch()
+  assert back.stat().st_mode == ordinary.stat().st_mode
   result = load_file(back)
   assert result.keys() == state.keys()
   for name, tensor in state.items():
@@ -263,6 +266,10 @@ def test_pointer_blocks_start_as_copies_where_there_are_none(tmp_path, state):
       lambda s: s.update({"pose_token": s["pose_token"][0]}),
       "pose_token (1, 192)",
     ),
+    (
+      lambda s: s.update({"enc_norm.bias": s["enc_norm.bias"].astype(np.int8)}),
+      "1 not floating-point numbers: enc_norm.bias int8",
+    ),
     (lambda s: s.pop("patch_embed.proj.weight"), "is not a Point3R or DUSt3R"),
     (
       lambda s: s.update(
@@ -307,9 +314,38 @@ def test_existing_output_is_kept_unless_asked(tmp_path, state, capsys):
   assert convert(tmp_path / "in.safetensors", tmp_path / "new", *flags) == 0
 
 
+def test_two_tensors_of_one_name_are_refused(tmp_path, state, capsys):
+  """A DUSt3R file that holds parts under their new names, too."""
+  both = dust3r(state)
+  name = "dec_blocks_memory.0.norm1.bias"
+  save_file(both | {name: state[name]}, tmp_path / "in.safetensors")
+  assert convert(tmp_path / "in.safetensors", tmp_path / "out") == 2
+  assert f"would both be {name}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("source", "output", "flags", "message"),
+  [
+    ("tiny", "out.pth", [], "must be named as a .safetensors file"),
+    ("tiny", "out.safetensors", ["--image_size", "224"], "--image_size and"),
+    ("tiny", "out.safetensors", ["--seed", "0"], "--image_size and --seed"),
+    ("untrained:tiny", "out.safetensors", [], "stands for random weights"),
+    (__file__, "out.safetensors", [], "make a checkpoint of weights with"),
+  ],
+)
+def test_what_cannot_be_converted_back(
+  tmp_path, capsys, source, output, flags, message
+):
+  assert convert(source, tmp_path / output, "--to_torch", *flags) == 2
+  error = capsys.readouterr().err
+  assert message in error and error.count("\n") == 1
+  assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("flags", [[], ["--to_torch"]])
 def test_missing_input(tmp_path, capsys, flags):
-  assert convert(tmp_path / "none", tmp_path / "out", *flags) == 2
+  output = tmp_path / "out.safetensors"
+  assert convert(tmp_path / "none", output, *flags) == 2
   assert capsys.readouterr().err.startswith("error: ")
 
 
