@@ -76,6 +76,11 @@ class ReconstructionOptions:
       value = getattr(self, name)
       if value is not None and value < 1:
         raise InputError(f"{name} must be 1 or more, not {value}")
+    if self.crop is not None and self.crop % 2:
+      raise InputError(
+        f"crop must be even, for as many pixels on both sides of the middle, "
+        f"not {self.crop}"
+      )
 
 
 _DEFAULTS = ReconstructionOptions()
@@ -314,16 +319,16 @@ def evaluate_reconstruction(
   pixels, first, frames = _gather(views, predictions, confidences, options)
   if not len(pixels.truth):
     raise InputError("no pixel of the sequence has a true point")
-  looked_at = pixels.central if options.align_centre else slice(None)
-  if options.align == "medians":
-    pixels, medians = _align_by_medians(pixels, looked_at, options)
-  else:
-    pixels, medians = _align_by_similarity(pixels, looked_at), None
   scored = pixels.central & pixels.confident
   if not scored.any():
     raise InputError(
       "no pixel to score: none in the centre has a true point and confidence"
     )
+  looked_at = pixels.central if options.align_centre else slice(None)
+  if options.align == "medians":
+    pixels, medians = _align_by_medians(pixels, looked_at, options)
+  else:
+    pixels, medians = _align_by_similarity(pixels, looked_at), None
   truth = transform(first, pixels.truth[pixels.central])
   prediction = transform(first, pixels.prediction[scored])
   true_tree = cKDTree(truth)

@@ -131,12 +131,16 @@ class DepthTaskOptions(DepthOptions):
   resize_filter: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
 
   def __post_init__(self):
-    """Refuses unknown alignments."""
+    """Refuses alignments that are unknown or named twice."""
     unknown = set(self.alignments) - set(ALIGNMENTS)
     if unknown or not self.alignments:
       raise InputError(
         f"alignments {sorted(unknown)} are unknown; there are "
         f"{', '.join(ALIGNMENTS)}"
+      )
+    if len(set(self.alignments)) != len(self.alignments):
+      raise InputError(
+        f"alignments {', '.join(self.alignments)}: name each of them once"
       )
 
 

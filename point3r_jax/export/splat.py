@@ -97,7 +97,8 @@ def nearest_points(
 
   Returns:
     (H, W) int64 indices of points, -1 where there is none, and (H, W) float32
-    z-depth, infinite there.
+    z-depth of the discs: a point's own in the middle, up to a radius more at
+    the edge; infinite where there is none.
   """
   height, width = view.image_size
   pixel, depth = view.project(points)

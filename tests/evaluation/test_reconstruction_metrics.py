@@ -370,3 +370,14 @@ def test_the_centre_alone_may_be_aligned():
   assert found.medians is None and found.metrics["accuracy"] < 1e-4
   with pytest.raises(InputError, match="align must be medians or sim3"):
     ReconstructionOptions(align="icp")
+  with pytest.raises(InputError, match=r"crop must be even.* not 225"):
+    ReconstructionOptions(crop=225)
+
+
+def test_a_centre_without_truth_has_nothing_to_align():
+  views, maps = _scene(size=(20, 24))
+  for view in views:
+    view.valid[6:14, 8:16] = False
+  for align in ("medians", "sim3"):
+    with pytest.raises(InputError, match="no pixel to score"):
+      _evaluate(views, maps, crop=8, align_centre=True, align=align)

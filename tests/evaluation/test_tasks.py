@@ -14,6 +14,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from point3r_jax.errors import InputError
+from point3r_jax.evaluation import tasks
 from point3r_jax.evaluation.predictions import PredictionStore
 from point3r_jax.evaluation.requests import (
   Request,
@@ -291,6 +292,11 @@ def test_mv_recon(tmp_path, dataset, setting):
   assert found["normal_consistency"] > 0.999
   assert found["run"]["setting"] == setting
   assert not [x for x in found["run"]["deviations"] if "setting" in x]
+
+
+def test_alignments_are_named_once():
+  with pytest.raises(InputError, match="scale, scale: name each of them once"):
+    tasks.DepthTaskOptions(alignments=("scale", "scale"))
 
 
 def test_alignments_of_images_beside_the_published_one(tmp_path):
