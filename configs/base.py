@@ -118,6 +118,10 @@ def get_config() -> ConfigDict:
 
   # The run stops after so many steps in a row whose loss was not finite.
   c.max_streak = 10
+
+  # So a misspelt field is an error in files that start from here, too.
+  c.lock()
+  c.datasets.unlock()
   return c
 
 

@@ -1,6 +1,6 @@
 """The model of the embedded checkpoint: small, on synthetic scenes alone.
 
-Three stages in the spirit of the published ones, each from the last one's
+Stages in the spirit of the published ones, each from the last one's
 parameters; one GPU, no data. Scenes are rendered where the model is trained.
 
   python train.py --config configs/synthetic_tiny.py:pairs --workdir runs/pairs

@@ -210,6 +210,16 @@ def test_values_without_meaning_are_named(argument, message):
     make_step_config(load("synthetic_tiny", argument))
 
 
+@pytest.mark.parametrize("name", ["bach_size", "log.panels", "model.scan"])
+def test_a_file_cannot_set_what_is_no_field(name):
+  *outer, field = name.split(".")
+  config = synthetic_tiny.get_config()
+  for part in outer:
+    config = config[part]
+  with pytest.raises(AttributeError, match=f'"{field}" does not exist'):
+    setattr(config, field, 2)
+
+
 def test_a_dataset_without_samples_is_named():
   config = synthetic_tiny.get_config()
   config.datasets.rooms = ConfigDict({"folder": "rooms"})
@@ -229,6 +239,9 @@ def test_a_dataset_without_samples_is_named():
     ("mesh.fsdp=3", "fsdp=3 does not use 8 devices"),
     ("cuda_graphs=loops", "cuda_graphs is 'loops'.*none, bodies, all"),
     ("unroll_layers=yes", "unroll_layers is 'yes'.*never, gpu, always"),
+    ("views=0", "views is 0; it must be 1 or more"),
+    ("loader.workers=-1", "loader.workers is -1; it must be 0 or more"),
+    ("model.rotary_bases=()", "rotary_bases must hold a base"),
   ],
 )
 def test_runs_that_cannot_be_are_refused(argument, message):

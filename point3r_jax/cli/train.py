@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -214,7 +215,13 @@ def _parse(arguments: Sequence[str]) -> list[str]:
     if "Traceback" in reason:  # What a config file raised.
       reason = f"{reason.partition(': ')[0]}: {_first(error)}"
   except (AttributeError, KeyError) as error:
-    reason = _no_such_field(error, arguments)
+    # Without the list of all fields and values.
+    reason = re.sub(
+      ' Other fields present: ".*"(?=\n|$)',
+      "",
+      _no_such_field(error, arguments),
+      flags=re.DOTALL,
+    )
   except (IndexError, TypeError, ValueError, OSError) as error:
     reason = f"--config: {error}"
   print(f"error: {' '.join(reason.split())}", file=sys.stderr)

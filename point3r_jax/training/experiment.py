@@ -41,6 +41,9 @@ _LEAST = {
   "batch_size": 1,
   "epochs": 1,
   "max_streak": 1,
+  "loader.workers": 0,
+  "loader.threads": 1,
+  "loader.prefetch": 1,
   "log.every": 1,
   "log.panel_every": 0,
   "checkpoint.keep_last": 1,
@@ -72,6 +75,9 @@ def _check(config: ConfigDict) -> None:
         f"config.{name} is {config[name]!r}; it must be one of "
         f"{', '.join(choices)}"
       )
+  views = config.views
+  if not views or min((views,) if isinstance(views, int) else views) < 1:
+    raise ConfigError(f"config.views is {views}; it must be 1 or more")
   sizes = config.image_sizes
   if not sizes or not all(map(_is_size, sizes)):
     raise ConfigError(

@@ -161,7 +161,7 @@ class _Run:
     """Trains on from a state; returns the last one, which is saved."""
     step, config = int(state.step), self.experiment.config
     predict = make_predict(self.experiment)
-    stopping = False
+    stopping = due = False
     while step < self.last and not stopping:
       batch, samples = self._next_batch(state)
       if not self._compiled(batch):
@@ -184,8 +184,10 @@ class _Run:
           if panel is not None:
             self.log.write_image(step, "train", panel)
       stopping = self.checkpoints.reached_preemption(step) or self.stop.is_set()
-      if self._is_due(step):
-        self._save(state)
+      # What is due at a skipped step is saved after the next good one.
+      due = due or self._is_due(step)
+      if due:
+        due = not self._save(state)
     self._save(state)
     if stopping:
       _log.info("stopped at step %d of %d", step, self.experiment.total_steps)
@@ -236,26 +238,30 @@ class _Run:
     steps = map(self.experiment.steps_of, epochs)
     return any(step % n == 0 for n in steps if n)
 
-  def _save(self, state: TrainState) -> None:
+  def _save(self, state: TrainState) -> bool:
     """Saves a state that is not saved yet, unless its last step was skipped.
 
     Of a run that diverges it would take the place of one that is of use; and
     skipped steps change nothing but counts, so a run stopped among them can
     repeat them. A complete run is saved in any case: it is not repeated.
+
+    Returns:
+      Whether the state is saved.
     """
     self.watch.drain()
     step = int(state.step)
     if step == (self.checkpoints.latest_step or 0):
-      return
+      return True
     if self.watch.streak and step < self.experiment.total_steps:
       _log.warning(
         "no checkpoint of step %d: it is the last of %d skipped ones",
         step,
         self.watch.streak,
       )
-      return
+      return False
     with self.meter.paused():
       self.checkpoints.save(state, self.meta)
+    return True
 
 
 def _own_samples(

@@ -30,7 +30,8 @@ class OptimizerOptions:
     name: "adamw", the published one, or "muon" (arXiv 2502.16982), which makes
       the updates of linear layers' kernels orthogonal; all else is AdamW's.
     lr: highest learning rate.
-    min_lr: the learning rate at the end.
+    min_lr: the learning rate at the end; skipped steps do not count, so after
+      many it is a little higher.
     epochs: length of the run, in epochs.
     warmup_epochs: over which the learning rate rises from 0, linearly.
     weight_decay: of all parameters but biases and norms.

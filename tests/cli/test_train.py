@@ -51,6 +51,10 @@ def run_script(arguments: list[str], output: pathlib.Path) -> None:
     ([SYNTHETIC, "--config.epochs=x"], "--config.epochs=x: invalid literal"),
     ([SYNTHETIC, "--config.image_sizes[9]=3"], "--config: tuple index"),
     (["--config=nowhere.py", "--config.epochs=3"], "'nowhere.py'"),
+    (
+      ["--config=tests/cli/misspelt_config.py"],
+      'is locked. Did you mean "batch_size" instead of "bach_size"?',
+    ),
     ([SYNTHETIC, "--nosuch"], "Unknown command line flag 'nosuch'"),
     ([SYNTHETIC, "more"], "unknown arguments: more"),
   ],

@@ -349,13 +349,13 @@ def test_a_run_stops_when_nothing_is_finite_any_more(
 
 
 class Poisoned(Programs):
-  """Steps whose losses are not finite from some on."""
+  """Steps whose losses are not finite from one to another."""
 
-  first = 4
+  first, last = 4, STEPS
 
   def step(self, state, batch):
     self.taken = getattr(self, "taken", 0) + 1
-    if self.taken >= self.first:
+    if self.first <= self.taken <= self.last:
       with jax.transfer_guard("allow"):
         batch = batch | {"camera_to_world": batch["camera_to_world"] * np.nan}
     return super().step(state, batch)
@@ -383,6 +383,16 @@ def test_skipped_steps_do_not_push_good_checkpoints_out(
   assert checkpoint_steps(tmp_path) == {2, 3}
   state = train(experiment(**EACH_STEP), RunOptions(tmp_path))
   chex.assert_trees_all_equal(jax.device_get(state), straight[0])
+
+
+@pytest.mark.slow
+def test_a_checkpoint_due_at_a_skipped_step_comes_after_the_next(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(loop, "Programs", Poisoned)
+  monkeypatch.setattr(Poisoned, "last", 4)
+  train(experiment(**{"checkpoint.keep_last": 3}), RunOptions(tmp_path))
+  assert checkpoint_steps(tmp_path) == {2, 5, 6}
 
 
 @pytest.mark.slow
