@@ -10,9 +10,12 @@ import os
 import signal
 import socket
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
+
+import jax
 
 from point3r_jax.errors import UserError
 from point3r_jax.precision import POLICIES
@@ -90,13 +93,23 @@ def run(program: Callable[[], int | None]) -> int:
   """Runs a program.
 
   Returns:
-    Its exit code; 2 after saying what was wrong with the input; 130 if it was
-    interrupted.
+    Its exit code; 2 after saying what was wrong with the input, or that the
+    device's memory does not suffice; 130 if it was interrupted.
   """
   try:
     return program() or 0
   except _USER_ERRORS as error:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+  except jax.errors.JaxRuntimeError as error:
+    if not str(error).startswith("RESOURCE_EXHAUSTED"):
+      raise
+    reason = " ".join(str(error).split())
+    print(
+      "error: the device's memory does not suffice; lower the size, the batch "
+      f"or the memory's capacity ({textwrap.shorten(reason, 200)})",
+      file=sys.stderr,
+    )
     return 2
   except KeyboardInterrupt:
     _end_on_interrupt()

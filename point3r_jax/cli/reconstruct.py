@@ -362,14 +362,23 @@ def _conclude(
       f"{summary['overflow']} pointers found no room and were merged; raise "
       "--max_capacity to keep them"
     )
-  if summary.get("depth_png", {}).get("saturated"):
+  depths, cloud = summary.get("depth_png", {}), summary.get("cloud", {})
+  if depths.get("saturated"):
     warnings.append(
-      f"{summary['depth_png']['saturated']} depths are beyond the 16-bit range "
-      "and count as missing; lower --depth_scale or write depth_npz"
+      f"{depths['saturated']} depths are beyond the 16-bit range and count as "
+      "missing; lower --depth_scale or write depth_npz"
     )
-  if summary.get("cloud", {}).get("non_finite"):
+  if depths.get("vanished"):
     warnings.append(
-      f"{summary['cloud']['non_finite']} points are not finite and left out"
+      f"{depths['vanished']} depths round to 0 and count as missing; raise "
+      "--depth_scale or write depth_npz"
+    )
+  if cloud.get("non_finite"):
+    warnings.append(f"{cloud['non_finite']} points are not finite and left out")
+  if cloud.get("out_of_range"):
+    warnings.append(
+      f"{cloud['out_of_range']} points are too many voxels away and left out; "
+      "raise --voxel_size"
     )
   for warning in warnings:
     print(f"warning: {warning}", file=sys.stderr)

@@ -98,7 +98,10 @@ class VideoFile:
       missing = _missing_at_end(container, stream, time)
       if self._count:
         missing = self._count - seen
-      lost.frames += max(0, min(missing, self._wanted.stop - seen))
+      missing = max(0, min(missing, self._wanted.stop - seen))
+      if missing:
+        lost.frames += missing
+        lost.error = lost.error or "the file ends early"
     if not delivered:
       raise self._too_short(decoded)
 

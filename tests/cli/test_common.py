@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 
+import jax
 import pytest
 
 from point3r_jax.cli import common
@@ -31,6 +32,15 @@ def started(script):
   with process:
     yield process
   timer.cancel()
+
+
+def test_a_device_without_memory_is_one_line(capsys):
+  def program():
+    jax.block_until_ready(jax.numpy.zeros((2**20, 2**20, 2**10)))
+
+  assert common.run(program) == 2
+  error = capsys.readouterr().err
+  assert "memory does not suffice" in error and error.count("\n") == 1
 
 
 BUSY = """

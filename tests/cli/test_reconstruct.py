@@ -210,6 +210,16 @@ def test_truncated_video_says_what_was_lost(checkpoint, tmp_path, capsys):
   assert "40 frames lost" in capsys.readouterr().err
 
 
+def test_scales_at_which_all_is_lost_are_warned_of(
+  checkpoint, photos, tmp_path, capsys
+):
+  flags = ("--max_frames", 2, "--depth_scale", 1e-9, "--voxel_size", 1e-12)
+  assert reconstruct(checkpoint, tmp_path / "out", [photos], *flags) == 0
+  error = capsys.readouterr().err
+  assert "depths round to 0 and count as missing; raise --depth_scale" in error
+  assert "voxels away and left out; raise --voxel_size" in error
+
+
 def test_only_what_is_asked_for_is_written(checkpoint, photos, tmp_path):
   flags = ("--write", "trajectory", "--max_frames", 2)
   assert reconstruct(checkpoint, tmp_path / "out", [photos], *flags) == 0

@@ -283,6 +283,7 @@ class TestDamage:
     count = len(list(source))
     assert 10 < count < 50
     assert abs(source.lost.frames - (60 - count)) <= 1
+    assert source.lost.error
 
   def test_loss_counts_only_what_was_wanted(self, tmp_path):
     path = save_video(tmp_path / "a.mp4", 60, options=FASTSTART)
