@@ -129,6 +129,7 @@ def test_a_reset_mends_what_an_interruption_left():
   chex.assert_trees_all_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_an_interrupted_frame_counts_what_it_left_in_memory():
   """Between the step and the copy of its prediction, which is lost."""
   clip = images()

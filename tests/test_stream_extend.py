@@ -30,6 +30,7 @@ def test_extend_is_one_call_after_the_other(own_programs, look_ahead):
   assert "encoder" in stream.compile_seconds
 
 
+@pytest.mark.slow
 def test_frames_in_between_do_not_disturb_what_extend_encoded():
   """A call, another `extend` that is not taken to its end, and a reset."""
   clip, other = images(), make_stream()

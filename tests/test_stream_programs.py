@@ -132,9 +132,8 @@ def test_choices_of_rows_are_blocks_of_large_memories():
     assert few % 128 == more % 128 == 0
 
 
-@pytest.mark.parametrize(
-  "rotary", [pytest.param(True, marks=pytest.mark.slow), False]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("rotary", [True, False])
 def test_decoders_run_on_as_few_rows_as_hold_all_pointers(
   own_programs, monkeypatch, rotary
 ):

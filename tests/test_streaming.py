@@ -138,6 +138,7 @@ def test_rotary_changes_all_but_the_first_frame():
   assert np.abs(on.pose[1] - off.pose[1]).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_heads_choose_what_is_computed():
   images = micro.images(FRAMES, 1)
   _, both = run(images)
@@ -199,6 +200,7 @@ def test_bfloat16_is_close_and_the_same_with_cast_params():
   assert 1e-6 < error / size < 0.1
 
 
+@pytest.mark.slow
 def test_prepared_parameters_are_the_same_function(monkeypatch):
   images = micro.images(FRAMES, 1)
   expected = run(images)

@@ -77,7 +77,9 @@ def test_wrong_flags_are_one_line(tmp_path, arguments, message):
   ("variable", "message"),
   [
     ("SLURM_STEP_NUM_TASKS", "several processes need --coordinator"),
-    ("SLURM_NTASKS", "no reader in this version"),  # It is not what stops it.
+    pytest.param(  # It is not what stops it.
+      *("SLURM_NTASKS", "no reader in this version"), marks=pytest.mark.slow
+    ),
   ],
 )
 def test_tasks_that_slurm_started_need_to_find_each_other(

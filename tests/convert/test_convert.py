@@ -130,6 +130,7 @@ def test_there_and_back_is_bit_exact(tmp_path, state, dtype, kind):
     assert result[name].tobytes() == tensor.tobytes(), name
 
 
+@pytest.mark.slow
 def test_there_and_back_keeps_what_shapes_do_not_tell(tmp_path, capsys):
   """How many heads a layer has, and for which images a model is."""
   config, params = p3r.load_checkpoint("tiny")

@@ -122,7 +122,11 @@ def other_size(position, record):
       lambda x: x.map(scale_poses),
       r"sample 0 \(dataset 0, record \d\), view 0",
     ),
-    (lambda x: x.map_with_index(other_size), "sample 5: .* sample 4 in the"),
+    pytest.param(
+      lambda x: x.map_with_index(other_size),
+      "sample 5: .* sample 4 in the",
+      marks=pytest.mark.slow,
+    ),
     (lambda x: x.filter(lambda _: False), "sample 0 was filtered out"),
   ],
 )

@@ -44,7 +44,7 @@ def asked(monkeypatch):
   return sizes
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
   source=st.tuples(st.integers(1, 90), st.integers(1, 90)),
   size=st.tuples(st.integers(1, 60), st.integers(1, 60)),

@@ -173,6 +173,7 @@ def test_frames_are_read_no_further_ahead_than_a_few_steps(
   assert len(ahead) == 60 and max(ahead) < 15
 
 
+@pytest.mark.slow
 def test_a_frame_that_cannot_be_read_ends_it(tmp_path, make_stream):
   images = micro.images(9, 1)[:, 0]
 

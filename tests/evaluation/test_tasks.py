@@ -441,6 +441,7 @@ def test_no_room_for_pointers_is_in_all_reports(videos, tmp_path):
   assert [row["overflow"] for row in rows] == ["17", "17"]
 
 
+@pytest.mark.slow
 def test_reconstruction_from_the_camera_head_or_aligned_otherwise(tmp_path):
   """A cloud that is turned is no error for a similarity."""
   options = {**trees.rgbd_options(), "scenes": "none"}

@@ -227,6 +227,7 @@ def die(folder):
   os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_what_was_handed_over_is_written_if_the_program_dies(tmp_path):
   code = (
     "import pathlib, sys; from tests.export import test_scene_process as t; "
@@ -242,9 +243,8 @@ def test_what_was_handed_over_is_written_if_the_program_dies(tmp_path):
   assert len(cameras["frames"]) == 10 and cameras["complete"] is False
 
 
-@pytest.mark.parametrize(
-  "name", [pytest.param(None, marks=pytest.mark.slow), "-"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [None, "-"])
 def test_scripts_are_not_run_again_by_the_process(tmp_path, name):
   """Neither one of a file nor one of standard input."""
   script = tmp_path / "script.py"

@@ -121,6 +121,7 @@ def test_a_cpu_takes_blocks_of_many_queries(tokens, forward_only, name):
   assert ("while" in jaxpr(implementation=name)) == (name == "blocks")
 
 
+@pytest.mark.slow
 def test_the_tpu_kernels_gradient():
   expected = gradient("xla")(*operands(2))
   with pltpu.force_tpu_interpret_mode():

@@ -20,7 +20,7 @@ FILES = [
   ("small_landscape", SMALL),
   pytest.param("small_portrait", SMALL, marks=pytest.mark.slow),
   ("small_long", SMALL),
-  ("small_nofusion", SMALL),
+  pytest.param("small_nofusion", SMALL, marks=pytest.mark.slow),
   pytest.param("full_224", FULL, marks=pytest.mark.slow),
 ]
 OUTPUTS = {

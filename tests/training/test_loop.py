@@ -243,6 +243,7 @@ def test_processes_that_would_train_something_else_end_with_a_line(tmp_path):
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_the_others(tmp_path):
   with lock_folder(tmp_path):  # Only process 0 locks it.
     processes = start_two(tmp_path, [], [])
@@ -429,6 +430,22 @@ def test_what_was_done_before_an_unreadable_record_is_saved(
   assert checkpoint_steps(tmp_path) == {3}
   state = train(run, RunOptions(tmp_path))
   chex.assert_trees_all_equal(jax.device_get(state), straight[0])
+
+
+@pytest.mark.slow
+def test_sizes_compile_once_and_pictures_and_a_trace_are_written(
+  tmp_path, caplog
+):
+  sizes = (micro.IMAGE_SIZE, micro.IMAGE_SIZE[::-1])
+  changes = {"log.panel_every": 3, "optimizer.lr": 2e-3}
+  run = experiment(image_sizes=sizes, **changes)
+  with caplog.at_level(logging.INFO):
+    train(run, RunOptions(tmp_path, profile=(2, 3)))
+  compiled = [x for x in caplog.messages if x.startswith("compiling the step")]
+  assert len(compiled) == len(sizes) == len(set(compiled))
+  pictures = sorted(x.name for x in (tmp_path / "images").rglob("*.png"))
+  assert len(pictures) == STEPS // 3
+  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
 def own_dataset():

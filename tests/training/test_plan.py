@@ -39,6 +39,7 @@ def micro_plan(data, fsdp):
   return plan(open_experiment(config, devices), micro.IMAGE_SIZE)
 
 
+@pytest.mark.slow
 def test_one_device(caplog):
   caplog.set_level("INFO")
   cost = micro_plan(1, 1)

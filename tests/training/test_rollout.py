@@ -132,27 +132,28 @@ def test_gradients_are_those_of_the_scan(remat, other):
 
 @pytest.mark.slow
 def test_truncation_is_two_halves_of_a_long_sequence():
-  """T = 64 frames; a cut at 32 stops the gradient and nothing else."""
+  """T = 64 of the small model; a cut at 32 stops the gradient, nothing else."""
   options = RolloutOptions(STEP, capacity=24, remat_frames=True, sizes=1)
   cut = dataclasses.replace(options, truncate=32)
   images = micro.images(1, 64)
-  params = stack_layers(micro.params())
+  config, params = goldens.seeded_params("small")
+  config, params = config.replace(scan_layers=True), stack_layers(params)
 
   @jax.jit
   @jax.grad
   def whole(params):
-    _, predictions = rollout(CONFIG, cut, params, images)
+    _, predictions = rollout(config, cut, params, images)
     return mean_square(predictions)
 
   @jax.jit
   def half(params, memory, images):
     def loss(params):
-      after, predictions = rollout(CONFIG, options, params, images, memory)
+      after, predictions = rollout(config, options, params, images, memory)
       return mean_square(predictions), after
 
     return jax.grad(loss, has_aux=True)(params)
 
-  memory = p3r.init_memory(CONFIG, 1, micro.IMAGE_SIZE, 24)
+  memory = p3r.init_memory(config, 1, micro.IMAGE_SIZE, 24)
   first, memory = half(params, memory, images[:, :32])
   second, _ = half(params, memory, images[:, 32:])
   assert_close(whole(params), jax.tree.map(jnp.add, first, second), 1e-4)
