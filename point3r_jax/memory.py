@@ -9,6 +9,7 @@ from __future__ import annotations
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from point3r_jax.config import ModelConfig
 
@@ -110,6 +111,17 @@ def init_memory(
   )
 
 
+def check_mask(
+  name: str, mask: np.ndarray | jax.Array, shape: tuple[int, ...]
+) -> None:
+  """Raises ValueError unless a mask is of this shape, and bool."""
+  if (tuple(mask.shape), mask.dtype) != (tuple(shape), bool):
+    raise ValueError(
+      f"{name} must be {tuple(shape)} bool, got {tuple(mask.shape)} "
+      f"{mask.dtype}"
+    )
+
+
 def reset(
   memory: PointerMemory, mask: jax.Array | None = None
 ) -> PointerMemory:
@@ -125,11 +137,7 @@ def reset(
   if mask is None:
     return jax.tree.map(jnp.zeros_like, memory)
   mask = jnp.asarray(mask)
-  if mask.shape != memory.count.shape or mask.dtype != bool:
-    raise ValueError(
-      f"the mask must be {memory.count.shape} bool, got {mask.shape} "
-      f"{mask.dtype}"
-    )
+  check_mask("the mask", mask, memory.count.shape)
 
   def clear(x):
     return jnp.where(mask.reshape(-1, *[1] * (x.ndim - 1)), 0, x)

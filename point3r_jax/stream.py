@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from point3r_jax.config import ModelConfig
 from point3r_jax.memory import (
   PointerMemory,
+  check_mask,
   default_capacity,
   next_capacity,
   reset,
@@ -271,11 +272,7 @@ class Stream:
     """
     if which is not None:
       which = np.asarray(which)
-      if which.shape != (self.batch_size,) or which.dtype != bool:
-        raise ValueError(
-          f"which must be ({self.batch_size},) bool, got {which.shape} "
-          f"{which.dtype}"
-        )
+      check_mask("which", which, (self.batch_size,))
       if not which.all():
         self._memory = self._clear(self._memory, which)
         return

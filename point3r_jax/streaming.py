@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from point3r_jax.config import ModelConfig
-from point3r_jax.memory import BLOCK, PointerMemory, fuse, reset
+from point3r_jax.memory import BLOCK, PointerMemory, check_mask, fuse, reset
 from point3r_jax.models.attention import IMPLEMENTATIONS
 from point3r_jax.models.compute import REMAT, Compute
 from point3r_jax.models.point3r import HEADS, Context, FrameOutput, Point3R
@@ -437,11 +437,8 @@ def scan(
   """
   images = take_images(images)
   _check_images(memory, config, images, "TBHWC")
-  resets = None if resets is None else jnp.asarray(resets)
-  wanted = tuple(images.shape[:2])
-  if resets is not None and (resets.shape, resets.dtype) != (wanted, bool):
-    raise ValueError(
-      f"resets must be {wanted} bool, got {resets.shape} {resets.dtype}"
-    )
+  if resets is not None:
+    resets = jnp.asarray(resets)
+    check_mask("resets", resets, images.shape[:2])
   options = step_options(**options)
   return _scan(config, options, params, memory, images, resets)

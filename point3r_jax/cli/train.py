@@ -194,7 +194,7 @@ def _first(error: BaseException) -> BaseException:
 
 
 def _no_such_field(error: Exception, arguments: Sequence[str]) -> str:
-  """Says which flag names a field that is not in the config."""
+  """Says which flag, or that the file, names a field that there is not."""
   field = _first(error).args[0]
   while isinstance(error.args[0], Exception):
     error = error.args[0]
@@ -203,7 +203,9 @@ def _no_such_field(error: Exception, arguments: Sequence[str]) -> str:
     flag = argument.partition("=")[0]
     if flag.lstrip("-").startswith("config.") and field in flag.split("."):
       return f"{flag}: there is no field {field!r}; {hint}"
-  return f"--config: {error.args[0]}"
+  # A file of one's own. Without the list of all fields and values.
+  listed = re.compile(' Other fields present: ".*"(?=\n|$)', re.DOTALL)
+  return f"--config: {listed.sub('', str(error.args[0]))}"
 
 
 def _parse(arguments: Sequence[str]) -> list[str]:
@@ -215,13 +217,7 @@ def _parse(arguments: Sequence[str]) -> list[str]:
     if "Traceback" in reason:  # What a config file raised.
       reason = f"{reason.partition(': ')[0]}: {_first(error)}"
   except (AttributeError, KeyError) as error:
-    # Without the list of all fields and values.
-    reason = re.sub(
-      ' Other fields present: ".*"(?=\n|$)',
-      "",
-      _no_such_field(error, arguments),
-      flags=re.DOTALL,
-    )
+    reason = _no_such_field(error, arguments)
   except (IndexError, TypeError, ValueError, OSError) as error:
     reason = f"--config: {error}"
   print(f"error: {' '.join(reason.split())}", file=sys.stderr)
