@@ -23,8 +23,10 @@ from point3r_jax.precision import Precision, get_precision
 # in the dense heads' type.
 _FLOAT32 = {"patch_embed", "pose_head", "head_2"}
 _DENSE = {"camera_dense", "dense"}
-# Endings of the names of linear maps whose products are summed in float32.
+# Endings of the names of linear maps that give float32, and modules where these
+# do not, since they are added to a rounded residual.
 _SUMMED = ("projection", "output", "modulation")
+_ROUNDED_RESIDUAL = {"encoder", "value_encoder", "pointer_block"}
 # Module, prefix of a layer's name, name of the stacked layers, and how many of
 # the last layers stay by themselves: the decoder's last one is unlike the rest.
 _STACKS = (
@@ -204,7 +206,8 @@ def cast_params(params: dict, precision: str | Precision) -> dict:
     if _DENSE & set(keys):
       return x.astype(precision.dense_dtype)
     summed = keys[-1] == "bias" and keys[-2].endswith(_SUMMED)
-    return x if summed else x.astype(precision.dtype)
+    kept = summed and not _ROUNDED_RESIDUAL & set(keys)
+    return x if kept else x.astype(precision.dtype)
 
   return jax.tree_util.tree_map_with_path(cast, params)
 

@@ -220,6 +220,8 @@ def test_policies_cast_operands_only():
   assert block["mlp"]["hidden"]["bias"].dtype == jnp.bfloat16
   assert block["mlp"]["output"]["kernel"].dtype == jnp.bfloat16
   assert block["mlp"]["output"]["bias"].dtype == jnp.float32
+  pointers = params["decoder"]["layer_0"]["pointer_block"]
+  assert pointers["mlp"]["output"]["bias"].dtype == jnp.bfloat16
   assert block["mlp_norm"]["scale"].dtype == jnp.float32
   assert block["mlp_norm"]["bias"].dtype == jnp.float32
   modulated = params["world_head"]["block_0"]["mlp_norm"]

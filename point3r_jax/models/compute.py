@@ -75,15 +75,6 @@ class Compute:
     return self.remat in (None, "none")
 
   @property
-  def sum_dtype(self) -> jnp.dtype:
-    """Type of the results that are added to a float32 residual.
-
-    In float32 the sum is part of the product on GPUs. For a backward pass half
-    as many bytes are kept.
-    """
-    return jnp.float32 if self.forward_only else self.dtype
-
-  @property
   def inner_sums(self) -> jnp.dtype | None:
     """Type in which products within a block are summed; None: as operands.
 
@@ -106,6 +97,14 @@ class Compute:
     itself.
     """
     return 1 if self.dtype == jnp.float32 else 8
+
+  def summand_dtype(self, residual: jax.Array) -> jnp.dtype:
+    """Returns the type of a product that is added to a residual.
+
+    If both are of one type the sum is part of the product on GPUs. For a
+    backward pass half as many bytes are kept.
+    """
+    return residual.dtype if self.forward_only else self.dtype
 
   def pad_tokens(
     self, x: jax.Array, before: int = 0

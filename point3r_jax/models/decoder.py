@@ -101,8 +101,8 @@ class DecoderLayer(nn.Module):
     """Updates the streams; see `InterleavedDecoder` for the arguments.
 
     Returns:
-      The image stream and the pointers, float32; the latter as they came in if
-      this is the last layer.
+      The image stream and the pointers, in their types; the latter as they came
+      in if this is the last layer.
     """
     config, ratio = self.config, self.config.mlp_ratio
     scanned = config.scan_layers and not self.last
@@ -191,6 +191,9 @@ class InterleavedDecoder(nn.Module):
     depth = self.config.decoder_depth
     context = (pointer_count, image_rotary, pointer_rotary, image_length)
     last = depth - 1
+    # Pointers are most of the rows. The pose token suffers if the image stream
+    # is rounded, too.
+    pointers = pointers.astype(self.compute.dtype)
 
     def layer(name: str, **options) -> DecoderLayer:
       return DecoderLayer(self.config, self.compute, name=name, **options)

@@ -50,7 +50,7 @@ class VisionTransformer(nn.Module):
     # Float32 operands under every policy, as point maps have a wide range.
     x = Linear(self.width, jnp.float32, name="patch_embed")(
       patchify(image, self.patch_size)
-    )
+    ).astype(self.compute.dtype)
     rotary = rotary_2d(grid, self.width // self.heads)
     tokens = x.shape[1]
     x, padding, length = self.compute.pad_tokens(x)

@@ -66,17 +66,17 @@ _normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 def normalize(compute: Compute, x: jax.Array) -> jax.Array:
-  """LayerNorm of x (…, C) float32 without an affine map, for a linear map.
+  """LayerNorm of x (…, C) without an affine map, for a linear map; in float32.
 
   In training its result is of the policy's type, otherwise float32.
   """
   if compute.forward_only:
     return layer_norm(compute, affine=False)(x)
-  return _normalize(x, compute.dtype)
+  return _normalize(x.astype(jnp.float32), compute.dtype)
 
 
 def _norm(block: nn.Module, name: str, x: jax.Array) -> jax.Array:
-  """Normalises a block's x (…, C) float32 for the linear map behind.
+  """Normalises a block's x (…, C) for the linear map behind.
 
   `params.fold_norms` may have made the norm's affine map a part of that linear
   map: then the norm has no parameters, and XLA computes but one of those that
@@ -116,7 +116,7 @@ class Mlp(nn.Module):
     precision: see `Linear`.
     result: see `Linear`.
     exact: see `gelu`.
-    sums: of the first map, see `Linear`.
+    sums: see `Linear`.
   """
 
   hidden: int
@@ -135,7 +135,12 @@ class Mlp(nn.Module):
     )(x)
     x = gelu(x, self.exact)
     return Linear(
-      self.features, self.dtype, self.precision, self.result, name="output"
+      self.features,
+      self.dtype,
+      self.precision,
+      self.result,
+      self.sums,
+      name="output",
     )(x)
 
 
@@ -144,20 +149,25 @@ def inner_linear(compute: Compute, features: int, name: str) -> Linear:
   return Linear(features, compute.dtype, sums=compute.inner_sums, name=name)
 
 
-def _projection(compute: Compute, width: int) -> Linear:
-  """Returns the last map of an attention, to be added to a residual."""
+def _projection(compute: Compute, width: int, result: jnp.dtype) -> Linear:
+  """Returns the last map of an attention."""
   return Linear(
-    width, compute.dtype, result=compute.sum_dtype, name="projection"
+    width,
+    compute.dtype,
+    result=result,
+    sums=compute.inner_sums,
+    name="projection",
   )
 
 
-def _mlp(compute: Compute, ratio: int, width: int) -> Mlp:
-  """Returns the MLP of a block, to be added to a residual."""
+def _mlp(compute: Compute, ratio: int, residual: jax.Array) -> Mlp:
+  """Returns the MLP of a block, to be added to a residual (…, D)."""
+  width = residual.shape[-1]
   return Mlp(
     ratio * width,
     width,
     compute.dtype,
-    result=compute.sum_dtype,
+    result=compute.summand_dtype(residual),
     exact=compute.exact_gelu,
     sums=compute.inner_sums,
     name="mlp",
@@ -195,11 +205,13 @@ class SelfAttention(nn.Module):
   Attributes:
     heads: of which there are.
     compute: precision and kernels.
+    result: type of the result.
     alike: whether all tokens are alike: then the first is key enough for all.
   """
 
   heads: int
   compute: Compute
+  result: jnp.dtype
   alike: bool = False
 
   @nn.compact
@@ -232,14 +244,21 @@ class SelfAttention(nn.Module):
     if self.alike:
       key, value = key[:, :1], value[:, :1]
     y = compute.attend(query, key, value, length, length, value_head)
-    return _projection(compute, width)(y.reshape(x.shape))
+    return _projection(compute, width, self.result)(y.reshape(x.shape))
 
 
 class CrossAttention(nn.Module):
-  """Multi-head cross-attention; `params` may join keys' and values' maps."""
+  """Multi-head cross-attention; `params` may join keys' and values' maps.
+
+  Attributes:
+    heads: of which there are.
+    compute: precision and kernels.
+    result: type of the result.
+  """
 
   heads: int
   compute: Compute
+  result: jnp.dtype
 
   @nn.compact
   def __call__(
@@ -287,11 +306,11 @@ class CrossAttention(nn.Module):
     query = apply_rotary(query, rotary)
     key = apply_rotary(key, context_rotary)
     y = compute.attend(query, key, value, length, context_length, value_head)
-    return _projection(compute, width)(y.reshape(x.shape))
+    return _projection(compute, width, self.result)(y.reshape(x.shape))
 
 
 class EncoderBlock(nn.Module):
-  """Pre-norm transformer block: self-attention, MLP; float32 residuals."""
+  """Pre-norm transformer block: self-attention, MLP."""
 
   heads: int
   mlp_ratio: int
@@ -307,22 +326,23 @@ class EncoderBlock(nn.Module):
     """Maps x to the same shape and type.
 
     Args:
-      x: (B, N, D) float32.
+      x: (B, N, D), the residual.
       rotary: table of the N positions, or None.
       length: (B,) valid prefix of x, or None for all.
 
     Returns:
-      (B, N, D) float32. Rows beyond `length` are finite and without meaning.
+      (B, N, D). Rows beyond `length` are finite and without meaning.
     """
-    x = x + SelfAttention(self.heads, self.compute, name="attention")(
+    summand = self.compute.summand_dtype(x)
+    x = x + SelfAttention(self.heads, self.compute, summand, name="attention")(
       _norm(self, "attention_norm", x), rotary, length
     )
-    mlp = _mlp(self.compute, self.mlp_ratio, x.shape[-1])
+    mlp = _mlp(self.compute, self.mlp_ratio, x)
     return x + mlp(_norm(self, "mlp_norm", x))
 
 
 class DecoderBlock(nn.Module):
-  """Pre-norm block: self-attention, cross-attention, MLP; float32 residuals.
+  """Pre-norm block: self-attention, cross-attention, MLP.
 
   Attributes:
     heads: of both attentions.
@@ -351,8 +371,8 @@ class DecoderBlock(nn.Module):
     """Updates x by itself and the context.
 
     Args:
-      x: (B, N, D) float32.
-      context: (B, M, D) float32.
+      x: (B, N, D), the residual.
+      context: (B, M, D).
       rotary: table of x's positions, or None.
       context_rotary: table of the context's positions, or None.
       length: (B,) valid prefix of x, or None for all.
@@ -361,13 +381,12 @@ class DecoderBlock(nn.Module):
       context_products: see `CrossAttention`.
 
     Returns:
-      (B, N, D) float32. Rows beyond `length` are finite and without meaning.
+      As x. Rows beyond `length` are finite and without meaning.
     """
-    within = SelfAttention(
-      self.heads, self.compute, self.alike, name="self_attention"
-    )
+    common = self.heads, self.compute, self.compute.summand_dtype(x)
+    within = SelfAttention(*common, self.alike, name="self_attention")
     x = x + within(_norm(self, "self_norm", x), rotary, length, products)
-    x = x + CrossAttention(self.heads, self.compute, name="cross_attention")(
+    x = x + CrossAttention(*common, name="cross_attention")(
       _norm(self, "cross_norm", x),
       _norm(self, "context_norm", context),
       rotary,
@@ -376,7 +395,7 @@ class DecoderBlock(nn.Module):
       context_length,
       context_products,
     )
-    mlp = _mlp(self.compute, self.mlp_ratio, x.shape[-1])
+    mlp = _mlp(self.compute, self.mlp_ratio, x)
     return x + mlp(_norm(self, "mlp_norm", x))
 
 
@@ -420,7 +439,7 @@ class ModulatedNorm(nn.Module):
 
 
 class ModulatedBlock(nn.Module):
-  """Transformer block with modulated norms; float32 residuals."""
+  """Transformer block with modulated norms."""
 
   heads: int
   mlp_ratio: int
@@ -433,10 +452,11 @@ class ModulatedBlock(nn.Module):
     condition: jax.Array,
     rotary: RotaryTable | None = None,
   ) -> jax.Array:
-    """Maps x (B, N, D) float32 under the condition (B, D) to the same shape."""
+    """Maps x (B, N, D) under the condition (B, D) to its shape and type."""
+    summand = self.compute.summand_dtype(x)
     normed = ModulatedNorm(self.compute, name="attention_norm")(x, condition)
-    x = x + SelfAttention(self.heads, self.compute, name="attention")(
+    x = x + SelfAttention(self.heads, self.compute, summand, name="attention")(
       normed, rotary
     )
     normed = ModulatedNorm(self.compute, name="mlp_norm")(x, condition)
-    return x + _mlp(self.compute, self.mlp_ratio, x.shape[-1])(normed)
+    return x + _mlp(self.compute, self.mlp_ratio, x)(normed)

@@ -1,6 +1,7 @@
 """Parts against their plain definitions."""
 
 import flax.linen as nn
+import flax.traverse_util
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from point3r_jax.models.compute import Compute
 from point3r_jax.models.encoder import VisionTransformer, patchify
 from point3r_jax.models.heads import point_map, pose_encoding
 from point3r_jax.models.linear import Linear, add_bias
+from point3r_jax.models.point3r import Context, Point3R
 from point3r_jax.models.rotary import (
   apply_rotary,
   disable_where,
@@ -24,6 +26,7 @@ from point3r_jax.models.rotary import (
   surround_by_identity,
 )
 from point3r_jax.precision import get_precision
+from tests import micro
 
 BASES = (10.0, 100.0, 1000.0, 10000.0)
 
@@ -260,6 +263,47 @@ def test_gelu_and_its_form_within_a_product():
 def test_training_and_float32_have_the_exact_gelu(precision, remat, exact):
   compute = Compute(get_precision(precision), remat=remat)
   assert compute.exact_gelu == exact
+
+
+@pytest.mark.parametrize("remat", [None, "none"])
+def test_residuals_are_rounded_where_there_is_no_pose_token(remat):
+  config, grid = micro.CONFIG, (2, 3)
+  width, tokens = config.decoder_width, micro.TOKENS
+  model = Point3R(config, Compute(get_precision("bfloat16"), "xla", remat))
+  context = Context(
+    position=jnp.zeros((1, tokens, 3)),
+    feature=jnp.zeros((1, tokens, width)),
+    count=jnp.full((1,), tokens),
+    pose_slots=jnp.zeros((1, config.pose_slots, 2 * width)),
+    image_position=jnp.zeros((1, tokens, 3)),
+    first=jnp.zeros((1,), bool),
+  )
+
+  def run(image):
+    _, outputs = model.apply(
+      {"params": micro.params()},
+      method=lambda model: model(model.encode(image), context, grid),
+      capture_intermediates=lambda module, _: "block" in (module.name or ""),
+    )
+    return outputs["intermediates"]
+
+  blocks = jax.eval_shape(run, jnp.zeros((1, *micro.IMAGE_SIZE, 3)))
+  flat = flax.traverse_util.flatten_dict(blocks, sep="/")
+  types = {
+    name.removesuffix("/__call__"): x[0].dtype
+    for name, x in flat.items()
+    if name.endswith("/__call__")
+  }
+  exact = {
+    name
+    for name in types
+    if name.startswith(("pose_memory", "world_head")) or "image_block" in name
+  }
+  assert {types[name] for name in exact} == {jnp.dtype(jnp.float32)}
+  rounded = set(types) - exact
+  assert {types[name] for name in rounded} == {jnp.dtype(jnp.bfloat16)}
+  assert {"encoder/block_0", "value_encoder/block_0"} < rounded
+  assert sum("pointer_block" in x for x in rounded) == config.decoder_depth - 1
 
 
 @pytest.mark.parametrize(
