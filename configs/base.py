@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
   c.rollout.rotary = True
   c.rollout.precision = "mixed"
   c.rollout.attention = "auto"
-  c.rollout.remat = "elementwise"
+  c.rollout.remat = "none"
   c.rollout.remat_frames = False
   c.rollout.truncate = 0
   c.rollout.capacity = 0  # 0: room for all pointers.

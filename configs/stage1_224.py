@@ -27,7 +27,6 @@ def get_config() -> ConfigDict:
   c.epochs = 100
   c.loader.workers = 24  # Published for each GPU; here of a process.
   c.rollout.fusion = False
-  c.rollout.remat = "merged"
   c.loss.per_sample = False
   c.optimizer.lr, c.optimizer.min_lr = 5e-5, 1e-6
   c.optimizer.warmup_epochs = 5.0

@@ -40,7 +40,6 @@ def get_config() -> ConfigDict:
   c.batch_size = 24
   c.epochs = 10
   c.loader.workers = 24  # Published for each GPU; here of a process.
-  c.rollout.remat = "merged"
   c.optimizer.lr, c.optimizer.min_lr = 5e-5, 1e-6
   c.optimizer.warmup_epochs = 0.5
   c.datasets = base.published_datasets(

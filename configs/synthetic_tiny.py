@@ -67,6 +67,7 @@ def get_config(stage: str = "pairs") -> ConfigDict:
   c.rollout.fusion = fusion
   c.rollout.precision = "bfloat16"
   c.rollout.attention = "xla"
+  c.rollout.remat = "elementwise"
   # Launches decide: fewer rows in more programs would save nothing.
   c.rollout.sizes, c.rollout.unroll = 2, 1
   # Above its clip the pose has no gradient; fresh parameters begin there.

@@ -12,18 +12,19 @@ import jax.numpy as jnp
 class Precision:
   """What a policy decides; everything else stays float32.
 
-  LayerNorm, softmax, the residual of the image stream, in which the pose token
-  is, positions, rotary arithmetic, fusion, the pose head, the dense heads' last
-  layer and the heads' activations are float32 in full precision under every
-  policy; but where dense heads are bfloat16 the kernel of their last layer
-  counts to 16 bits. Patch embeddings have float32 operands, multiplied as
-  `matmul` says. GELUs between bfloat16 products are exact only where a backward
-  pass is to come: see `models.layers.gelu`.
+  LayerNorm, softmax, positions, rotary arithmetic, fusion, the pose head, the
+  dense heads' last layer and the heads' activations are float32 in full
+  precision under every policy; but where dense heads are bfloat16 the kernel of
+  their last layer counts to 16 bits. So are the residual streams of the image
+  decoder, the pose memory and the world head unless a backward pass is to come.
+  Patch embeddings have float32 operands, multiplied as `matmul` says. GELUs
+  between bfloat16 products have a form with tanh: see
+  `models.linear.add_bias_gelu`.
 
   Attributes:
     name: the policy's name.
     dtype: type of the operands of matrix products outside the dense heads, and
-      of the residual streams of both encoders and of pointers.
+      of the other residual streams.
     dense_dtype: type of the dense heads' convolutions.
     matmul: precision of float32 products, as
       `jax.default_matmul_precision` takes it.

@@ -77,11 +77,9 @@ class StepOptions:
       are made of world points.
     remat: for training, what the backward pass computes again instead of
       keeping it: "none", "elementwise" (all of a block but linear maps, what
-      attends, cuDNN's attention and norms without parameters), "merged" (the
-      same, but the compiler may keep what it finds computed twice: faster, in
-      more memory) or "blocks" (all but the blocks' inputs, and the dense
-      heads). None is for inference: there are derivatives, but under bfloat16
-      those of GELU's form with tanh, and slower ones.
+      attends, cuDNN's attention and norms without parameters) or "blocks" (all
+      but the blocks' inputs, and the dense heads). None is for inference: there
+      are derivatives, but slower ones.
   """
 
   precision: str | Precision | None = None

@@ -15,7 +15,7 @@ import pytest
 import point3r_jax as p3r
 from point3r_jax import stream_programs, streaming
 from point3r_jax.kernels_ahead import compile_kernels, find_kernels
-from point3r_jax.models import hopper_attention_gradient
+from point3r_jax.models import hopper_attention_gradient, linear, norms
 from point3r_jax.models.attention import attention
 from point3r_jax.models.hopper_attention import quickest
 from point3r_jax.params import prepare_params
@@ -139,6 +139,60 @@ def test_hopper_attention_takes_lengths_of_both(tokens, head_dim):
       expected[sample, :length].astype(np.float32),
       atol=0.03,
     )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 100, 768), (80, 200, 1024)])
+def test_norms_by_rows_equal_xla(monkeypatch, shape, dtype):
+  keys = jax.random.split(jax.random.key(0), 3)
+  x = (3 + 2 * jax.random.normal(keys[0], shape)).astype(dtype)
+  gradients = (
+    jax.random.normal(keys[1], shape, jnp.bfloat16),
+    jax.random.normal(keys[2], shape, dtype),
+  )
+
+  def run():
+    def both(x, gradients):
+      normed, pullback = jax.vjp(lambda x: norms._normalize(x, jnp.bfloat16), x)
+      return normed, pullback(gradients)
+
+    return jax.jit(both)(x, gradients)
+
+  assert norms.suit_rows(shape, jnp.bfloat16)
+  found = run()
+  monkeypatch.setattr(norms, "suit_rows", lambda *_: False)
+  for one, other in zip(*map(jax.tree.leaves, (found, run())), strict=True):
+    assert one.dtype == other.dtype
+    np.testing.assert_allclose(
+      np.float32(one), np.float32(other), rtol=2**-7, atol=4e-3
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 72, 3072), (80, 200, 4096)])
+def test_gelus_by_rows_equal_xla(monkeypatch, shape):
+  keys = jax.random.split(jax.random.key(0), 3)
+  y, gradient = (
+    scale * jax.random.normal(key, shape, jnp.bfloat16)
+    for scale, key in ((3, keys[0]), (1, keys[1]))
+  )
+  bias = jax.random.normal(keys[2], shape[-1:], jnp.bfloat16)
+
+  def run():
+    def both(y, bias, gradient):
+      result, pullback = jax.vjp(
+        lambda y, bias: linear.add_bias_gelu(y, bias, jnp.bfloat16), y, bias
+      )
+      return result, *pullback(gradient)
+
+    return jax.jit(both)(y, bias, gradient)
+
+  assert linear.suit_rows(shape, jnp.bfloat16)
+  found = run()
+  monkeypatch.setattr(linear, "suit_rows", lambda *_: False)
+  for one, other in zip(found, run(), strict=True):
+    one, other = np.float32(one), np.float32(other)
+    error = np.abs(one - other).max()
+    assert error < 0.01 * np.abs(other).max()
 
 
 def test_kernels_compiled_ahead_are_those_of_the_program():

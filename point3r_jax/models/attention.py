@@ -12,7 +12,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
+
+from point3r_jax.models.partition import divide_batch
 
 IMPLEMENTATIONS = ("auto", "xla", "blocks", "cudnn", "hopper", "tpu")
 
@@ -149,22 +150,6 @@ def _pad_tokens(x: jax.Array, block: int) -> jax.Array:
   return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0)))
 
 
-def _divide_batch(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-  """Splits the batch over all of a mesh (`jax.set_mesh`), if there is one.
-
-  The compiler cannot split kernels by itself.
-  """
-  axes = jax.sharding.get_abstract_mesh().auto_axes
-  if not axes:
-    return kernel
-  return jax.shard_map(
-    kernel,
-    in_specs=PartitionSpec(axes),
-    out_specs=PartitionSpec(axes),
-    check_vma=False,
-  )
-
-
 def _with_derivatives_of(
   implementation: str,
 ) -> Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]:
@@ -205,7 +190,7 @@ def _run_hopper(value_head, *operands, **options):
   from point3r_jax.models.hopper_attention import hopper_attention
 
   kernel = functools.partial(hopper_attention, value_head=value_head, **options)
-  return _divide_batch(kernel)(*operands)
+  return divide_batch(kernel)(*operands)
 
 
 _hopper = jax.custom_vjp(_run_hopper, nondiff_argnums=(0,))
@@ -227,7 +212,7 @@ def _hopper_backward(value_head, kept, gradient):
   value, everywhere = jax.vjp(
     lambda x: x[:, :, value_head : value_head + query.shape[2]], value
   )
-  of_query, of_key, of_value = _divide_batch(hopper_attention_gradient)(
+  of_query, of_key, of_value = divide_batch(hopper_attention_gradient)(
     query, key, value, key_length, output, log_sum, gradient
   )
   return of_query, of_key, *everywhere(of_value), None, None
@@ -304,4 +289,4 @@ def _tpu_attention(
       return *pullback(gradient), None
 
   kernel.defvjp(forward, backward)
-  return _divide_batch(kernel)(query, key, value, segments)
+  return divide_batch(kernel)(query, key, value, segments)

@@ -15,9 +15,8 @@ from point3r_jax.models.attention import ATTENDED, attention
 from point3r_jax.precision import Precision
 
 # What a backward pass computes again: nothing; all of a block but what `_keep`
-# names, as the compiler sees fit or in any case; or whole blocks and the dense
-# heads.
-REMAT = ("none", "merged", "elementwise", "blocks")
+# names; or whole blocks and the dense heads.
+REMAT = ("none", "elementwise", "blocks")
 
 # Names, for what is kept, of a block's normalised inputs and of what attends.
 NORMED = "normed"
@@ -86,8 +85,8 @@ class Compute:
 
   @property
   def exact_gelu(self) -> bool:
-    """Whether GELUs are exact; see `gelu`."""
-    return not (self.forward_only and self.dtype == jnp.bfloat16)
+    """Whether GELUs are exact; see `linear.add_bias_gelu`."""
+    return self.dtype != jnp.bfloat16
 
   @property
   def token_block(self) -> int:
@@ -97,6 +96,16 @@ class Compute:
     itself.
     """
     return 1 if self.dtype == jnp.float32 else 8
+
+  @property
+  def wide_residual(self) -> jnp.dtype:
+    """Type of the residual streams but for those of encoders and pointers.
+
+    These have the policy's type. Without a backward pass to come the others do
+    not, since rounding the decoder's stream of images doubles what 16 bits do
+    to rotations. The published training rounds all.
+    """
+    return jnp.float32 if self.forward_only else self.dtype
 
   def summand_dtype(self, residual: jax.Array) -> jnp.dtype:
     """Returns the type of a product that is added to a residual.
@@ -174,9 +183,8 @@ class Compute:
     """
     if self.keeps_all:
       return block if scanned else _traced_once(block)
-    apart = not scanned and self.remat != "merged"
     keep = None if self.remat == "blocks" else _keep
-    return nn.remat(block, prevent_cse=apart, policy=keep)
+    return nn.remat(block, prevent_cse=not scanned, policy=keep)
 
   def remat_dense(self, head: type[nn.Module]) -> type[nn.Module]:
     """Returns a dense head that keeps nothing where blocks do not, either."""

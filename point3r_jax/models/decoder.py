@@ -9,12 +9,8 @@ import jax.numpy as jnp
 
 from point3r_jax.config import ModelConfig
 from point3r_jax.models.compute import Compute
-from point3r_jax.models.layers import (
-  DecoderBlock,
-  inner_linear,
-  layer_norm,
-  normalize,
-)
+from point3r_jax.models.layers import DecoderBlock, inner_linear
+from point3r_jax.models.norms import layer_norm, normalize
 from point3r_jax.models.rotary import (
   RotaryTable,
   disable_where,
@@ -115,19 +111,22 @@ class DecoderLayer(nn.Module):
     )
 
     def products(x, name):
-      """What each block reads of a stream, if `params` made it one map."""
+      """What each block reads of x, if `params` made it one map, and x."""
       if not self.has_variable("params", name):
-        return None, None
+        return None, None, x
       width = x.shape[-1]
       linear = inner_linear(self.compute, _PRODUCTS * width, name)
-      y = linear(normalize(self.compute, x))
+      normed, x = normalize(self.compute, x)
+      y = linear(normed)
       if self.compute.forward_only:  # Values are read where they are.
-        return y, y
+        return y, y, x
       # Gradients of parts are joined; those of two that read it all are added.
-      return jnp.split(y, [_OWN * width], axis=-1)
+      return *jnp.split(y, [_OWN * width], axis=-1), x
 
-    image_own, image_other = products(image, "image_products")
-    pointers_own, pointers_other = products(pointers, "pointer_products")
+    image_own, image_other, image = products(image, "image_products")
+    pointers_own, pointers_other, pointers = products(
+      pointers, "pointer_products"
+    )
     next_image = image_block(
       image,
       pointers,
@@ -185,14 +184,13 @@ class InterleavedDecoder(nn.Module):
         for all. What follows is finite and without meaning.
 
     Returns:
-      The image stream (B, N+1, D) float32 after layers L/2 and 3L/4, and after
-      layer L and the final norm.
+      The image stream (B, N+1, D) after layers L/2 and 3L/4, in its residual's
+      type, and float32 after layer L and the final norm.
     """
     depth = self.config.decoder_depth
     context = (pointer_count, image_rotary, pointer_rotary, image_length)
     last = depth - 1
-    # Pointers are most of the rows. The pose token suffers if the image stream
-    # is rounded, too.
+    image = image.astype(self.compute.wide_residual)
     pointers = pointers.astype(self.compute.dtype)
 
     def layer(name: str, **options) -> DecoderLayer:

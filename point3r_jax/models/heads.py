@@ -72,7 +72,7 @@ class WorldHead(nn.Module):
     """
     config = self.config
     rotary = rotary_2d(grid, config.decoder_width // config.decoder_heads)
-    x = maps[-1]
+    x = maps[-1].astype(self.compute.wide_residual)
     for layer in range(_WORLD_DEPTH):
       x = self.compute.remat_block(ModulatedBlock)(
         config.decoder_heads,

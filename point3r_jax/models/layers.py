@@ -2,105 +2,40 @@
 
 from __future__ import annotations
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.layout import Layout, with_layout_constraint
 
-from point3r_jax.models.compute import NORMED, Compute
+from point3r_jax.models.compute import Compute
 from point3r_jax.models.linear import Linear
+from point3r_jax.models.norms import layer_norm, normalize
 from point3r_jax.models.parameter import parameter
 from point3r_jax.models.rotary import RotaryTable, apply_rotary
 
-_EPSILON = 1e-6  # Of all LayerNorms.
 
-
-def layer_norm(
-  compute: Compute, name: str | None = None, affine: bool = True
-) -> nn.LayerNorm:
-  """LayerNorm with ε = 1e-6, in and out of float32.
-
-  XLA makes this one kernel on GPUs if the variance is E[(x − E[x])²]. With a
-  backward pass to come, E[x²] − E[x]² takes fewer; its error is far below that
-  of rounded products.
-  """
-  return nn.LayerNorm(
-    epsilon=_EPSILON,
-    dtype=jnp.float32,
-    use_scale=affine,
-    use_bias=affine,
-    use_fast_variance=not compute.forward_only and compute.dtype != jnp.float32,
-    name=name,
-  )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _normalize(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """LayerNorm (…, C) without an affine map, in float32; rounded to a type."""
-  return _normalize_forward(x, dtype)[0]
-
-
-def _normalize_forward(x, dtype):
-  # On GPUs XLA would lay channels out before tokens, and copy to and fro.
-  x = with_layout_constraint(x, Layout(tuple(range(x.ndim))))
-  mean = x.mean(axis=-1, keepdims=True)
-  square = jnp.square(x).mean(axis=-1, keepdims=True)
-  variance = jnp.maximum(square - jnp.square(mean), 0)
-  scale = jax.lax.rsqrt(variance + _EPSILON)
-  y = checkpoint_name(((x - mean) * scale).astype(dtype), NORMED)
-  return y, (y, checkpoint_name(scale, NORMED))
-
-
-def _normalize_backward(dtype, saved, gradient):
-  y, scale = saved
-  y, gradient = y.astype(jnp.float32), gradient.astype(jnp.float32)
-  mean = gradient.mean(axis=-1, keepdims=True)
-  slope = (gradient * y).mean(axis=-1, keepdims=True)
-  return (scale * (gradient - mean - y * slope),)
-
-
-_normalize.defvjp(_normalize_forward, _normalize_backward)
-
-
-def normalize(compute: Compute, x: jax.Array) -> jax.Array:
-  """LayerNorm of x (…, C) without an affine map, for a linear map; in float32.
-
-  In training its result is of the policy's type, otherwise float32.
-  """
-  if compute.forward_only:
-    return layer_norm(compute, affine=False)(x)
-  return _normalize(x.astype(jnp.float32), compute.dtype)
-
-
-def _norm(block: nn.Module, name: str, x: jax.Array) -> jax.Array:
+def _norm(
+  block: nn.Module, name: str, x: jax.Array
+) -> tuple[jax.Array, jax.Array]:
   """Normalises a block's x (…, C) for the linear map behind.
 
   `params.fold_norms` may have made the norm's affine map a part of that linear
   map: then the norm has no parameters, and XLA computes but one of those that
   read the same.
+
+  Returns:
+    The normalised x, and x to go on with, see `normalize`.
   """
   if block.is_initializing() or block.has_variable("params", name):
-    return layer_norm(block.compute, name)(x)
+    return layer_norm(block.compute, name)(x), x
   return normalize(block.compute, x)
 
 
-def gelu(x: jax.Array, exact: bool = True) -> jax.Array:
+def gelu(x: jax.Array) -> jax.Array:
   """Returns x·Φ(x), the GELU of any shape, in x's type.
 
   By erf: `jax.nn.gelu` takes erfc, two polynomials where this takes one, to
   keep digits of values around 1e-7 that are added to larger ones here.
-
-  Args:
-    x: input; in 16 bits the exact GELU is computed in float32.
-    exact: False: its form with tanh, off by 5e-4 at most, which is what
-      rounding to bfloat16 does to larger values. cuBLAS has it within the
-      product before.
   """
-  if not exact:
-    return jax.nn.gelu(x, approximate=True)
   # Float32 costs nothing in the kernel that reads the product.
   y = x.astype(jnp.float32)
   return (0.5 * y * (1.0 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
@@ -115,7 +50,7 @@ class Mlp(nn.Module):
     dtype: type of the products' operands.
     precision: see `Linear`.
     result: see `Linear`.
-    exact: see `gelu`.
+    exact: whether the GELU is, or in its form with tanh, see `Linear`.
     sums: see `Linear`.
   """
 
@@ -131,9 +66,15 @@ class Mlp(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps x (…, in) to (…, features)."""
     x = Linear(
-      self.hidden, self.dtype, self.precision, sums=self.sums, name="hidden"
+      self.hidden,
+      self.dtype,
+      self.precision,
+      sums=self.sums,
+      gelu=not self.exact,
+      name="hidden",
     )(x)
-    x = gelu(x, self.exact)
+    if self.exact:
+      x = gelu(x)
     return Linear(
       self.features,
       self.dtype,
@@ -334,11 +275,11 @@ class EncoderBlock(nn.Module):
       (B, N, D). Rows beyond `length` are finite and without meaning.
     """
     summand = self.compute.summand_dtype(x)
-    x = x + SelfAttention(self.heads, self.compute, summand, name="attention")(
-      _norm(self, "attention_norm", x), rotary, length
-    )
-    mlp = _mlp(self.compute, self.mlp_ratio, x)
-    return x + mlp(_norm(self, "mlp_norm", x))
+    within = SelfAttention(self.heads, self.compute, summand, name="attention")
+    normed, x = _norm(self, "attention_norm", x)
+    x = x + within(normed, rotary, length)
+    normed, x = _norm(self, "mlp_norm", x)
+    return x + _mlp(self.compute, self.mlp_ratio, x)(normed)
 
 
 class DecoderBlock(nn.Module):
@@ -385,18 +326,25 @@ class DecoderBlock(nn.Module):
     """
     common = self.heads, self.compute, self.compute.summand_dtype(x)
     within = SelfAttention(*common, self.alike, name="self_attention")
-    x = x + within(_norm(self, "self_norm", x), rotary, length, products)
-    x = x + CrossAttention(*common, name="cross_attention")(
-      _norm(self, "cross_norm", x),
-      _norm(self, "context_norm", context),
+    across = CrossAttention(*common, name="cross_attention")
+    normed = x
+    if products is None:
+      normed, x = _norm(self, "self_norm", x)
+    x = x + within(normed, rotary, length, products)
+    if context_products is None:
+      context, _ = _norm(self, "context_norm", context)
+    normed, x = _norm(self, "cross_norm", x)
+    x = x + across(
+      normed,
+      context,
       rotary,
       context_rotary,
       length,
       context_length,
       context_products,
     )
-    mlp = _mlp(self.compute, self.mlp_ratio, x)
-    return x + mlp(_norm(self, "mlp_norm", x))
+    normed, x = _norm(self, "mlp_norm", x)
+    return x + _mlp(self.compute, self.mlp_ratio, x)(normed)
 
 
 class _ModulatedAffine(nn.Module):
@@ -411,13 +359,13 @@ class _ModulatedAffine(nn.Module):
   @nn.compact
   def __call__(
     self, x: jax.Array, scale: jax.Array, shift: jax.Array
-  ) -> jax.Array:
-    """Maps x (B, N, D) under both (B, 1, D) to the same shape; float32."""
+  ) -> tuple[jax.Array, jax.Array]:
+    """Maps x (B, N, D) under both (B, 1, D); see `ModulatedNorm`."""
     width = x.shape[-1]
     own_scale = parameter(self, "scale", (width,))
     own_shift = parameter(self, "bias", (width,))
-    y = layer_norm(self.compute, affine=False)(x)
-    return y * (own_scale * scale) + (own_shift * scale + shift)
+    y, x = normalize(self.compute, x)
+    return y * (own_scale * scale) + (own_shift * scale + shift), x
 
 
 class ModulatedNorm(nn.Module):
@@ -426,8 +374,14 @@ class ModulatedNorm(nn.Module):
   compute: Compute
 
   @nn.compact
-  def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
-    """Normalises x (B, N, D) under the condition (B, D); float32."""
+  def __call__(
+    self, x: jax.Array, condition: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """Normalises x (B, N, D) under the condition (B, D).
+
+    Returns:
+      The result, float32, and x to go on with, see `normalize`.
+    """
     modulation = Linear(
       2 * x.shape[-1],
       self.compute.dtype,
@@ -454,9 +408,8 @@ class ModulatedBlock(nn.Module):
   ) -> jax.Array:
     """Maps x (B, N, D) under the condition (B, D) to its shape and type."""
     summand = self.compute.summand_dtype(x)
-    normed = ModulatedNorm(self.compute, name="attention_norm")(x, condition)
-    x = x + SelfAttention(self.heads, self.compute, summand, name="attention")(
-      normed, rotary
-    )
-    normed = ModulatedNorm(self.compute, name="mlp_norm")(x, condition)
+    within = SelfAttention(self.heads, self.compute, summand, name="attention")
+    normed, x = ModulatedNorm(self.compute, name="attention_norm")(x, condition)
+    x = x + within(normed, rotary)
+    normed, x = ModulatedNorm(self.compute, name="mlp_norm")(x, condition)
     return x + _mlp(self.compute, self.mlp_ratio, x)(normed)

@@ -58,7 +58,7 @@ class FrameOutput:
     position: (B, N, 3) float32, the frame's own pointers.
     feature: (B, N, D) float32, their features.
     pose_slots: (B, S, 2D) float32, the rewritten pose memory.
-    maps: four token maps (B, N, ·) float32, what the dense heads read.
+    maps: four token maps (B, N, ·), what the dense heads read.
   """
 
   points_camera: jax.Array | None
@@ -242,7 +242,7 @@ class Point3R(nn.Module):
     Args:
       tokens: (B, N, E) float32 from `encode`.
       begun: from `begin`.
-      decoded: from `decode`, three times (B, 1+N+padding, D) float32.
+      decoded: from `decode`, three times (B, 1+N+padding, D).
       grid: (h, w) with h·w = N.
 
     Returns:

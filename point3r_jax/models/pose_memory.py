@@ -60,9 +60,10 @@ class PoseMemory(nn.Module):
     """
     blank = jnp.broadcast_to(self.masked_token, summary.shape)
     x = jnp.concatenate([summary, blank], axis=-1)
+    x, slots = self._begin(x, slots)
     for block in self.read_blocks:
       x = block(x, slots)
-    return x[:, 0, summary.shape[-1] :]
+    return x[:, 0, summary.shape[-1] :].astype(jnp.float32)
 
   def update(
     self, summary: jax.Array, pose_token: jax.Array, slots: jax.Array
@@ -78,6 +79,11 @@ class PoseMemory(nn.Module):
       The new slots, (B, S, 2D) float32.
     """
     context = jnp.concatenate([summary[:, 0], pose_token], axis=-1)[:, None]
+    slots, context = self._begin(slots, context)
     for block in self.write_blocks:
       slots = block(slots, context)
-    return slots
+    return slots.astype(jnp.float32)
+
+  def _begin(self, *streams: jax.Array) -> list[jax.Array]:
+    """Returns what blocks read in their type."""
+    return [x.astype(self.compute.wide_residual) for x in streams]

@@ -104,7 +104,7 @@ def mean_square(predictions) -> jax.Array:
   [
     ("blocks", {"sizes": 2, "unroll": 2}),
     ("elementwise", {"sizes": 2, "remat_frames": True}),
-    ("merged", {"sizes": 2, "unroll": 2}),
+    ("none", {"sizes": 2, "unroll": 2}),
   ],
 )
 def test_gradients_are_those_of_the_scan(remat, other):

@@ -26,7 +26,7 @@ def test_the_loss_in_bfloat16_needs_no_backward_pass(remat):
   assert loss.shape == ()
 
 
-@pytest.mark.parametrize(("remat", "joined"), [("merged", 1), ("blocks", 0)])
+@pytest.mark.parametrize(("remat", "joined"), [("none", 1), ("blocks", 0)])
 def test_what_both_blocks_read_is_one_product_unless_it_would_be_kept(
   remat, joined
 ):

@@ -1,0 +1,110 @@
+"""LayerNorms, with parameters and without."""
+
+from __future__ import annotations
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from point3r_jax.models.compute import NORMED, Compute
+from point3r_jax.models.partition import divide_batch
+from point3r_jax.models.row_kernels import (
+  normalize_rows,
+  normalize_rows_gradient,
+  suit_rows,
+)
+
+_EPSILON = 1e-6  # Of all LayerNorms.
+
+
+def layer_norm(
+  compute: Compute, name: str | None = None, affine: bool = True
+) -> nn.LayerNorm:
+  """LayerNorm with ε = 1e-6, in and out of float32.
+
+  XLA makes this one kernel on GPUs if the variance is E[(x − E[x])²]. With a
+  backward pass to come, E[x²] − E[x]² takes fewer; its error is far below that
+  of rounded products.
+  """
+  return nn.LayerNorm(
+    epsilon=_EPSILON,
+    dtype=jnp.float32,
+    use_scale=affine,
+    use_bias=affine,
+    use_fast_variance=not compute.forward_only and compute.dtype != jnp.float32,
+    name=name,
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _normalize(x, dtype):
+  """LayerNorm (…, C) without an affine map, rounded to a type, and x itself.
+
+  So that gradients of both are added where the norm's is made.
+  """
+  return _normalize_forward(x, dtype)[0]
+
+
+def _normalize_forward(x, dtype):
+  if suit_rows(x.shape, dtype):
+    y, scale = divide_batch(functools.partial(_run_rows, dtype))(x)
+  else:
+    # On GPUs XLA would lay channels out before tokens, and copy to and fro.
+    x = with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(axis=-1, keepdims=True)
+    square = jnp.square(wide).mean(axis=-1, keepdims=True)
+    variance = jnp.maximum(square - jnp.square(mean), 0)
+    scale = jax.lax.rsqrt(variance + _EPSILON)
+    # Or XLA would keep x to make y again, and copy it to add to it.
+    y, scale = jax.lax.optimization_barrier(
+      (((wide - mean) * scale).astype(dtype), scale[..., 0])
+    )
+  y, scale = checkpoint_name(y, NORMED), checkpoint_name(scale, NORMED)
+  return (y, x), (y, scale)
+
+
+def _run_rows(dtype, x):
+  y, scale = normalize_rows(x.reshape(-1, x.shape[-1]), dtype, _EPSILON)
+  return y.reshape(x.shape), scale.reshape(x.shape[:-1])
+
+
+def _normalize_backward(dtype, saved, gradients):
+  y, scale = saved
+  gradient, residual = gradients
+  if suit_rows(y.shape, dtype):
+    return (divide_batch(_run_rows_gradient)(y, scale, gradient, residual),)
+  y, gradient = y.astype(jnp.float32), gradient.astype(jnp.float32)
+  mean = gradient.mean(axis=-1, keepdims=True)
+  slope = (gradient * y).mean(axis=-1, keepdims=True)
+  of_x = scale[..., None] * (gradient - mean - y * slope)
+  return ((residual.astype(jnp.float32) + of_x).astype(residual.dtype),)
+
+
+def _run_rows_gradient(y, scale, gradient, residual):
+  channels = y.shape[-1]
+  y, gradient, flat = (x.reshape(-1, channels) for x in (y, gradient, residual))
+  of_x = normalize_rows_gradient(y, scale.reshape(-1), gradient, flat)
+  return of_x.reshape(residual.shape)
+
+
+_normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+def normalize(compute: Compute, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """LayerNorm of x (…, C) without an affine map, for a linear map.
+
+  Computed in float32. In training its result is of the policy's type, otherwise
+  float32.
+
+  Returns:
+    The normalised x, and x to go on with: in training the gradients of both are
+    then added up in one kernel.
+  """
+  if compute.forward_only or compute.dtype == jnp.float32:
+    return layer_norm(compute, affine=False)(x), x
+  return _normalize(x, compute.dtype)

@@ -1,0 +1,231 @@
+"""Kernels over rows of tokens for NVIDIA GPUs: norms and GELUs in training.
+
+These are bound by the bytes that they read. XLA reads rows once to sum over
+them and again for what it makes of the sums, and sums of columns are kernels of
+their own; here all is done while a block of rows is in registers. Written in
+Pallas for Triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+
+try:
+  from jax.experimental.pallas import triton
+except ImportError:  # JAX means to drop it.
+  triton = None
+
+# Rows of a norm's block. Of a GELU's block, whose columns are summed, and how
+# many rows and channels it takes at a time.
+_NORM_ROWS = 4
+_GELU_BLOCK = 64
+_GELU_TILE = (8, 256)
+
+# The least compute capability that Triton multiplies bfloat16 for.
+_CAPABILITY = 8.0
+
+# GELU's form with tanh: x·Φ(x) with Φ(x) = ½(1 + tanh(A·(x + B·x³))).
+_A, _B = (2 / math.pi) ** 0.5, 0.044715
+
+
+def suit_rows(shape: tuple[int, ...], dtype: jnp.dtype) -> bool:
+  """Says whether the default device has these kernels for rows (…, C).
+
+  Args:
+    shape: of the rows: multiples of 8, and of 256 channels.
+    dtype: of what is computed: bfloat16.
+  """
+  if jax.default_backend() != "gpu" or triton is None:
+    return False
+  # Only CUDA devices have one.
+  capability = getattr(jax.devices()[0], "compute_capability", "0")
+  height, width = _GELU_TILE
+  return (
+    float(capability) >= _CAPABILITY
+    and dtype == jnp.bfloat16
+    and math.prod(shape[:-1]) % height == 0
+    and shape[-1] % width == 0
+  )
+
+
+def _compiler_params() -> triton.CompilerParams:
+  return triton.CompilerParams(num_warps=4, num_stages=1)
+
+
+def _read(rows: jax.Array) -> list[tuple[slice, jax.Array]]:
+  """Reads rows (n, C) as float32, in parts since Triton wants powers of two."""
+  parts, start, left = [], 0, rows.shape[1]
+  while left:
+    size = 1 << (left.bit_length() - 1)
+    part = slice(start, start + size)
+    parts.append((part, rows[:, part].astype(jnp.float32)))
+    start, left = start + size, left - size
+  return parts
+
+
+def _normalize_kernel(x, y, scale, *, epsilon):
+  """Normalises a block; references of x and y (n, C) and scales (n,)."""
+  channels, parts = x.shape[1], _read(x)
+  mean = sum(part.sum(axis=1) for _, part in parts) / channels
+  square = sum((part * part).sum(axis=1) for _, part in parts) / channels
+  variance = jnp.maximum(square - mean * mean, 0)
+  factor = jax.lax.rsqrt(variance + epsilon)
+  for where, part in parts:
+    normed = (part - mean[:, None]) * factor[:, None]
+    y[:, where] = normed.astype(y.dtype)
+  scale[:] = factor
+
+
+def _normalize_gradient_kernel(y, scale, gradient, residual, result):
+  """The same backward; references (n, C), but of scales (n,)."""
+  channels, parts = y.shape[1], _read(y)
+  gradients = [part for _, part in _read(gradient)]
+  residuals = [part for _, part in _read(residual)]
+  mean = sum(part.sum(axis=1) for part in gradients) / channels
+  slope = sum(
+    (part * of_part).sum(axis=1)
+    for (_, part), of_part in zip(parts, gradients, strict=True)
+  )
+  slope /= channels
+  factor = scale[:][:, None]
+  for (where, part), of_part, rest in zip(
+    parts, gradients, residuals, strict=True
+  ):
+    of_part = of_part - mean[:, None] - part * slope[:, None]
+    result[:, where] = (rest + factor * of_part).astype(result.dtype)
+
+
+def _norm_specs(channels: int) -> tuple[pl.BlockSpec, pl.BlockSpec]:
+  """Returns the blocks of arrays (n, C) and (n,)."""
+  return (
+    pl.BlockSpec((_NORM_ROWS, channels), lambda i: (i, 0)),
+    pl.BlockSpec((_NORM_ROWS,), lambda i: (i,)),
+  )
+
+
+def normalize_rows(
+  x: jax.Array, dtype: jnp.dtype, epsilon: float, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+  """Normalises x (n, C) in float32, n a multiple of 4, C of 256.
+
+  Args:
+    x: rows.
+    dtype: of the result.
+    epsilon: added to the variance.
+    interpret: whether to run without a GPU.
+
+  Returns:
+    (n, C), and what differences from a row's mean were multiplied by, (n,)
+    float32.
+  """
+  rows, channels = x.shape
+  block, scales = _norm_specs(channels)
+  return pl.pallas_call(
+    functools.partial(_normalize_kernel, epsilon=epsilon),
+    grid=(rows // _NORM_ROWS,),
+    in_specs=[block],
+    out_specs=(block, scales),
+    out_shape=(
+      jax.ShapeDtypeStruct(x.shape, dtype),
+      jax.ShapeDtypeStruct((rows,), jnp.float32),
+    ),
+    compiler_params=_compiler_params(),
+    name="normalize_rows",
+    interpret=interpret,
+  )(x)
+
+
+def normalize_rows_gradient(
+  y: jax.Array,
+  scale: jax.Array,
+  gradient: jax.Array,
+  residual: jax.Array,
+  interpret: bool = False,
+) -> jax.Array:
+  """Returns the gradient of what was normalised and went on as it was.
+
+  Args:
+    y: (n, C) and
+    scale: (n,) of `normalize_rows`.
+    gradient: of y.
+    residual: (n, C), gradient of what went on.
+    interpret: whether to run without a GPU.
+
+  Returns:
+    (n, C) in the type of `residual`.
+  """
+  rows, channels = y.shape
+  block, scales = _norm_specs(channels)
+  return pl.pallas_call(
+    _normalize_gradient_kernel,
+    grid=(rows // _NORM_ROWS,),
+    in_specs=[block, scales, block, block],
+    out_specs=block,
+    out_shape=jax.ShapeDtypeStruct(y.shape, residual.dtype),
+    compiler_params=_compiler_params(),
+    name="normalize_rows_gradient",
+    interpret=interpret,
+  )(y, scale, gradient, residual)
+
+
+def gelu_slope(x: jax.Array) -> jax.Array:
+  """Derivative of GELU's form with tanh, of x float32 of any shape."""
+  # ½(1 + tanh(z)) is the logistic function of 2z.
+  normal = jax.nn.sigmoid(2 * _A * (x + _B * x * x * x))
+  steepness = 2 * _A * (1 + 3 * _B * x * x)
+  return normal * (1 + x * steepness * (1 - normal))
+
+
+def _gelu_gradient_kernel(x, gradient, result, sums, *, rows):
+  """Multiplies a block by slopes; references (n, c), and of sums (1, c)."""
+  height, width = _GELU_TILE
+  left = rows - pl.program_id(0) * _GELU_BLOCK
+
+  def add_tile(tile, total):
+    at = pl.ds(tile * height, height), slice(None)
+    slope = gelu_slope(x[at].astype(jnp.float32))
+    of_x = slope * gradient[at].astype(jnp.float32)
+    result[at] = of_x.astype(result.dtype)
+    return total + of_x.sum(axis=0)
+
+  tiles = jnp.minimum(left, _GELU_BLOCK) // height
+  start = jnp.zeros((width,), jnp.float32)
+  sums[0, :] = jax.lax.fori_loop(0, tiles, add_tile, start)
+
+
+def gelu_gradient(
+  x: jax.Array, gradient: jax.Array, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+  """Gradient of GELU, in its form with tanh, and sums over blocks of rows.
+
+  Args:
+    x: (n, C) that GELU was taken of, n a multiple of 8, C of 256.
+    gradient: (n, C) of GELU.
+    interpret: whether to run without a GPU.
+
+  Returns:
+    (n, C) in the type of x, and sums of its rows (blocks, C) float32, taken
+    before it was rounded.
+  """
+  rows, channels = x.shape
+  width = _GELU_TILE[1]
+  blocks = pl.cdiv(rows, _GELU_BLOCK)
+  block = pl.BlockSpec((_GELU_BLOCK, width), lambda i, j: (i, j))
+  return pl.pallas_call(
+    functools.partial(_gelu_gradient_kernel, rows=rows),
+    grid=(blocks, channels // width),
+    in_specs=[block, block],
+    out_specs=(block, pl.BlockSpec((1, width), lambda i, j: (i, j))),
+    out_shape=(
+      jax.ShapeDtypeStruct(x.shape, x.dtype),
+      jax.ShapeDtypeStruct((blocks, channels), jnp.float32),
+    ),
+    compiler_params=_compiler_params(),
+    name="gelu_gradient",
+    interpret=interpret,
+  )(x, gradient)

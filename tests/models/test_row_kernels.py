@@ -1,0 +1,90 @@
+"""Kernels over rows, interpreted, against XLA's forms of the same."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from point3r_jax.models import linear, norms, row_kernels
+from point3r_jax.models.linear import add_bias_gelu
+
+CHANNELS = 768  # Two parts, as it is no power of two.
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  """Lets norms and GELUs take the kernels, on a CPU."""
+  for module, names in (
+    (norms, ("normalize_rows", "normalize_rows_gradient")),
+    (linear, ("gelu_gradient",)),
+  ):
+    for name in names:
+      kernel = functools.partial(getattr(row_kernels, name), interpret=True)
+      monkeypatch.setattr(module, name, kernel)
+    monkeypatch.setattr(module, "suit_rows", lambda *_: True)
+
+
+def draw(number, shape, dtype=jnp.bfloat16):
+  return jax.random.normal(jax.random.key(number), shape).astype(dtype)
+
+
+def assert_close(found, expected, atol):
+  chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
+  found, expected = (
+    jax.tree.map(lambda x: np.asarray(x, np.float32), tree)
+    for tree in (found, expected)
+  )
+  chex.assert_trees_all_close(found, expected, rtol=2**-7, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_norms_by_rows(request, dtype):
+  shape = (2, 12, CHANNELS)
+  x = 3 + 2 * draw(0, shape, dtype)
+  gradients = draw(1, shape), draw(2, shape, dtype)
+
+  def run():
+    result, pullback = jax.vjp(lambda x: norms._normalize(x, jnp.bfloat16), x)
+    return result, pullback(gradients)
+
+  expected = run()
+  request.getfixturevalue("interpreted")
+  assert_close(run(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [8, 64, 200])
+def test_gelus_by_rows(request, rows):
+  shape = (1, rows, CHANNELS)
+  y, bias, gradient = 3 * draw(0, shape), draw(1, (CHANNELS,)), draw(2, shape)
+
+  def run():
+    result, pullback = jax.vjp(
+      lambda y, bias: add_bias_gelu(y, bias, jnp.bfloat16), y, bias
+    )
+    return result, pullback(gradient)
+
+  expected = run()
+  request.getfixturevalue("interpreted")
+  assert_close(run(), expected, atol=0.05)
+
+
+@pytest.mark.parametrize(
+  ("shape", "dtype", "suits"),
+  [
+    ((2, 4, 256), jnp.bfloat16, True),
+    ((2, 4, 256), jnp.float32, False),
+    ((3, 4, 256), jnp.bfloat16, False),
+    ((2, 4, 128), jnp.bfloat16, False),
+  ],
+)
+def test_rows_that_suit(monkeypatch, shape, dtype, suits):
+  assert not row_kernels.suit_rows(shape, dtype)  # A CPU has no kernels.
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  device = type("Device", (), {"compute_capability": "9.0"})
+  monkeypatch.setattr(jax, "devices", lambda: [device])
+  assert row_kernels.suit_rows(shape, dtype) == suits
+  device.compute_capability = "7.5"
+  assert not row_kernels.suit_rows(shape, dtype)
