@@ -3,7 +3,7 @@
 These are bound by the bytes that they read. XLA reads rows once to sum over
 them and again for what it makes of the sums, and sums of columns are kernels of
 their own; here all is done while a block of rows is in registers. Written in
-Pallas for Triton.
+Pallas for Triton. Plans for devices that are not there have XLA's forms.
 """
 
 from __future__ import annotations
@@ -42,11 +42,12 @@ def suit_rows(shape: tuple[int, ...], dtype: jnp.dtype) -> bool:
   """
   if jax.default_backend() != "gpu" or triton is None:
     return False
-  # Only CUDA devices have one.
-  capability = getattr(jax.devices()[0], "compute_capability", "0")
+  # Only CUDA devices have one that is a number.
+  capability = getattr(jax.devices()[0], "compute_capability", "")
   height, width = _GELU_TILE
   return (
-    float(capability) >= _CAPABILITY
+    capability.replace(".", "").isdigit()
+    and float(capability) >= _CAPABILITY
     and dtype == jnp.bfloat16
     and math.prod(shape[:-1]) % height == 0
     and shape[-1] % width == 0

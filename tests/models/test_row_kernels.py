@@ -86,5 +86,6 @@ def test_rows_that_suit(monkeypatch, shape, dtype, suits):
   device = type("Device", (), {"compute_capability": "9.0"})
   monkeypatch.setattr(jax, "devices", lambda: [device])
   assert row_kernels.suit_rows(shape, dtype) == suits
-  device.compute_capability = "7.5"
-  assert not row_kernels.suit_rows(shape, dtype)
+  for other in ("7.5", "gfx942"):
+    device.compute_capability = other
+    assert not row_kernels.suit_rows(shape, dtype)
