@@ -159,6 +159,7 @@ def test_a_memory_may_come_from_another_device():
   chex.assert_trees_all_equal(jax.device_get(stream(images()[1])), expected)
 
 
+@pytest.mark.slow
 def test_a_memory_that_was_kept_goes_on_where_it_was():
   """With no room to spare: the stream must know how full it is."""
   stream = make_stream(capacity=4 * micro.TOKENS, fusion=False)
@@ -282,7 +283,9 @@ def test_parameters_of_another_model_are_refused():
     )
 
 
-@pytest.mark.parametrize("look_ahead", [1, 2])
+@pytest.mark.parametrize(
+  "look_ahead", [1, pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_an_image_may_be_overwritten_once_it_is_taken(look_ahead):
   stream = make_stream(look_ahead=look_ahead)
   expected = [jax.device_get(stream(image)) for image in images(4)]

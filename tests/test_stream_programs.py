@@ -171,6 +171,7 @@ def test_decoders_run_on_as_few_rows_as_hold_all_pointers(
   chex.assert_trees_all_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_fails_ahead_is_said_once_and_tried_again_when_needed(
   own_programs, monkeypatch, caplog
 ):

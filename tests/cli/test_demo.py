@@ -131,7 +131,9 @@ def test_what_cannot_be_scored_is_excluded_with_the_reason(walk, folders):
   assert set(demo.table(result.metrics).split()) > {"-"}
 
 
-@pytest.mark.parametrize("excluded", [None, "no alignment"])
+@pytest.mark.parametrize(
+  "excluded", [None, pytest.param("no alignment", marks=pytest.mark.slow)]
+)
 def test_the_picture_of_a_scene(walk, folders, excluded):
   scene = read_scene(folders[1])
   result = SequenceResult(walk.name, FRAMES, {}, excluded=excluded)

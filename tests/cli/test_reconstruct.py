@@ -220,6 +220,7 @@ def test_scales_at_which_all_is_lost_are_warned_of(
   assert "voxels away and left out; raise --voxel_size" in error
 
 
+@pytest.mark.slow
 def test_only_what_is_asked_for_is_written(checkpoint, photos, tmp_path):
   flags = ("--write", "trajectory", "--max_frames", 2)
   assert reconstruct(checkpoint, tmp_path / "out", [photos], *flags) == 0
@@ -252,6 +253,7 @@ def test_what_to_know_of_a_checkpoint_is_said_once(
     assert summary["checkpoint"] == str(name)
 
 
+@pytest.mark.slow
 def test_overflow_is_reported(checkpoint, photos, tmp_path, capsys):
   flags = ("--no_fusion", "--capacity", 12, "--max_capacity", 12)
   assert reconstruct(checkpoint, tmp_path / "out", [photos], *flags) == 0

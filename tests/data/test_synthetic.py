@@ -171,6 +171,7 @@ def views(records):
   return jax.tree.map(np.asarray, sample(numbers, draw, poses, rays))
 
 
+@pytest.mark.slow
 def test_mapped_program_makes_the_same_scenes(records, views):
   depth = np.stack([record["depth"] for record in records])
   again = views["depth"].reshape(depth.shape)

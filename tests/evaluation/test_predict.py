@@ -190,6 +190,7 @@ def test_a_frame_that_cannot_be_read_ends_it(tmp_path, make_stream):
   assert [path.name for path in tmp_path.iterdir()] == ["scene%2F0"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_read_may_be_left_out(tmp_path, make_stream):
   """The others are what they are without it; nothing of it stays."""
   sequences = make_sequences(3, 5, 2)

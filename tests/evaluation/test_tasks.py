@@ -266,7 +266,9 @@ def test_without_a_score_there_is_no_report(tmp_path):
     )
 
 
-@pytest.mark.parametrize("dataset", ["7scenes", "nrgbd"])
+@pytest.mark.parametrize(
+  "dataset", ["7scenes", pytest.param("nrgbd", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
   "setting", ["sparse", pytest.param("long", marks=pytest.mark.slow)]
 )

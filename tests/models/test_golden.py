@@ -19,7 +19,7 @@ SMALL, FULL = 2e-5, 1e-4
 FILES = [
   ("small_landscape", SMALL),
   pytest.param("small_portrait", SMALL, marks=pytest.mark.slow),
-  ("small_long", SMALL),
+  pytest.param("small_long", SMALL, marks=pytest.mark.slow),
   pytest.param("small_nofusion", SMALL, marks=pytest.mark.slow),
   pytest.param("full_224", FULL, marks=pytest.mark.slow),
 ]
