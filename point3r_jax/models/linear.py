@@ -102,21 +102,13 @@ def _add_bias_gelu_forward(y, bias, dtype):
 def _add_bias_gelu_backward(dtype, saved, gradient):
   x, bias = saved
   if suit_rows(x.shape, dtype):
-    of_x, sums = divide_batch(_run_gelu_gradient)(x, gradient)
+    of_x, sums = divide_batch(gelu_gradient)(x, gradient)
     of_bias = jax.lax.optimization_barrier(sums).sum(axis=0)
   else:
     slope = gelu_slope(x.astype(jnp.float32))
     of_x = (slope * gradient.astype(jnp.float32)).astype(dtype)
     of_bias = _sum_rows(of_x)
   return of_x.astype(bias.dtype), of_bias.astype(bias.dtype)
-
-
-def _run_gelu_gradient(x, gradient):
-  channels = x.shape[-1]
-  of_x, sums = gelu_gradient(
-    x.reshape(-1, channels), gradient.reshape(-1, channels)
-  )
-  return of_x.reshape(x.shape), sums
 
 
 add_bias_gelu.defvjp(_add_bias_gelu_forward, _add_bias_gelu_backward)

@@ -51,7 +51,9 @@ def _normalize(x, dtype):
 
 def _normalize_forward(x, dtype):
   if suit_rows(x.shape, dtype):
-    y, scale = divide_batch(functools.partial(_run_rows, dtype))(x)
+    y, scale = divide_batch(
+      functools.partial(normalize_rows, dtype=dtype, epsilon=_EPSILON)
+    )(x)
   else:
     # On GPUs XLA would lay channels out before tokens, and copy to and fro.
     x = with_layout_constraint(x, Layout(tuple(range(x.ndim))))
@@ -68,28 +70,17 @@ def _normalize_forward(x, dtype):
   return (y, x), (y, scale)
 
 
-def _run_rows(dtype, x):
-  y, scale = normalize_rows(x.reshape(-1, x.shape[-1]), dtype, _EPSILON)
-  return y.reshape(x.shape), scale.reshape(x.shape[:-1])
-
-
 def _normalize_backward(dtype, saved, gradients):
   y, scale = saved
   gradient, residual = gradients
   if suit_rows(y.shape, dtype):
-    return (divide_batch(_run_rows_gradient)(y, scale, gradient, residual),)
+    rows_gradient = divide_batch(normalize_rows_gradient)
+    return (rows_gradient(y, scale, gradient, residual),)
   y, gradient = y.astype(jnp.float32), gradient.astype(jnp.float32)
   mean = gradient.mean(axis=-1, keepdims=True)
   slope = (gradient * y).mean(axis=-1, keepdims=True)
   of_x = scale[..., None] * (gradient - mean - y * slope)
   return ((residual.astype(jnp.float32) + of_x).astype(residual.dtype),)
-
-
-def _run_rows_gradient(y, scale, gradient, residual):
-  channels = y.shape[-1]
-  y, gradient, flat = (x.reshape(-1, channels) for x in (y, gradient, residual))
-  of_x = normalize_rows_gradient(y, scale.reshape(-1), gradient, flat)
-  return of_x.reshape(residual.shape)
 
 
 _normalize.defvjp(_normalize_forward, _normalize_backward)

@@ -58,6 +58,11 @@ def _compiler_params() -> triton.CompilerParams:
   return triton.CompilerParams(num_warps=4, num_stages=1)
 
 
+def _flatten(*arrays: jax.Array) -> list[jax.Array]:
+  """Makes (n, C) of arrays (…, C)."""
+  return [x.reshape(-1, x.shape[-1]) for x in arrays]
+
+
 def _read(rows: jax.Array) -> list[tuple[slice, jax.Array]]:
   """Reads rows (n, C) as float32, in parts since Triton wants powers of two."""
   parts, start, left = [], 0, rows.shape[1]
@@ -112,7 +117,7 @@ def _norm_specs(channels: int) -> tuple[pl.BlockSpec, pl.BlockSpec]:
 def normalize_rows(
   x: jax.Array, dtype: jnp.dtype, epsilon: float, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-  """Normalises x (n, C) in float32, n a multiple of 4, C of 256.
+  """Normalises rows x (…, C) in float32; `suit_rows` says which.
 
   Args:
     x: rows.
@@ -121,24 +126,26 @@ def normalize_rows(
     interpret: whether to run without a GPU.
 
   Returns:
-    (n, C), and what differences from a row's mean were multiplied by, (n,)
+    (…, C), and what differences from a row's mean were multiplied by, (…)
     float32.
   """
-  rows, channels = x.shape
+  (flat,) = _flatten(x)
+  rows, channels = flat.shape
   block, scales = _norm_specs(channels)
-  return pl.pallas_call(
+  y, scale = pl.pallas_call(
     functools.partial(_normalize_kernel, epsilon=epsilon),
     grid=(rows // _NORM_ROWS,),
     in_specs=[block],
     out_specs=(block, scales),
     out_shape=(
-      jax.ShapeDtypeStruct(x.shape, dtype),
+      jax.ShapeDtypeStruct(flat.shape, dtype),
       jax.ShapeDtypeStruct((rows,), jnp.float32),
     ),
     compiler_params=_compiler_params(),
     name="normalize_rows",
     interpret=interpret,
-  )(x)
+  )(flat)
+  return y.reshape(x.shape), scale.reshape(x.shape[:-1])
 
 
 def normalize_rows_gradient(
@@ -151,18 +158,20 @@ def normalize_rows_gradient(
   """Returns the gradient of what was normalised and went on as it was.
 
   Args:
-    y: (n, C) and
-    scale: (n,) of `normalize_rows`.
+    y: (…, C) and
+    scale: (…) of `normalize_rows`.
     gradient: of y.
-    residual: (n, C), gradient of what went on.
+    residual: (…, C), gradient of what went on.
     interpret: whether to run without a GPU.
 
   Returns:
-    (n, C) in the type of `residual`.
+    (…, C) in the type of `residual`.
   """
+  shape = y.shape
+  y, gradient, residual = _flatten(y, gradient, residual)
   rows, channels = y.shape
   block, scales = _norm_specs(channels)
-  return pl.pallas_call(
+  of_x = pl.pallas_call(
     _normalize_gradient_kernel,
     grid=(rows // _NORM_ROWS,),
     in_specs=[block, scales, block, block],
@@ -171,7 +180,8 @@ def normalize_rows_gradient(
     compiler_params=_compiler_params(),
     name="normalize_rows_gradient",
     interpret=interpret,
-  )(y, scale, gradient, residual)
+  )(y, scale.reshape(-1), gradient, residual)
+  return of_x.reshape(shape)
 
 
 def gelu_slope(x: jax.Array) -> jax.Array:
@@ -205,19 +215,21 @@ def gelu_gradient(
   """Gradient of GELU, in its form with tanh, and sums over blocks of rows.
 
   Args:
-    x: (n, C) that GELU was taken of, n a multiple of 8, C of 256.
-    gradient: (n, C) of GELU.
+    x: rows (…, C) that GELU was taken of; `suit_rows` says which.
+    gradient: (…, C) of GELU.
     interpret: whether to run without a GPU.
 
   Returns:
-    (n, C) in the type of x, and sums of its rows (blocks, C) float32, taken
+    (…, C) in the type of x, and sums of its rows (blocks, C) float32, taken
     before it was rounded.
   """
+  shape = x.shape
+  x, gradient = _flatten(x, gradient)
   rows, channels = x.shape
   width = _GELU_TILE[1]
   blocks = pl.cdiv(rows, _GELU_BLOCK)
   block = pl.BlockSpec((_GELU_BLOCK, width), lambda i, j: (i, j))
-  return pl.pallas_call(
+  of_x, sums = pl.pallas_call(
     functools.partial(_gelu_gradient_kernel, rows=rows),
     grid=(blocks, channels // width),
     in_specs=[block, block],
@@ -230,3 +242,4 @@ def gelu_gradient(
     name="gelu_gradient",
     interpret=interpret,
   )(x, gradient)
+  return of_x.reshape(shape), sums
