@@ -129,21 +129,19 @@ def test_upsample_keeps_constants_in_bfloat16():
   np.testing.assert_array_equal(dpt.upsample(x).astype(np.float32), 3.0)
 
 
-def test_derivatives_of_upsample_are_its_own():
-  """It is linear: its tangent is itself, and its gradient its transpose."""
+@pytest.mark.parametrize("size", [(1, 1), (3, 4), (7, 2)])
+def test_gradient_of_upsample_is_its_transpose(size):
   rng = np.random.default_rng(0)
-  x, tangent = rng.standard_normal((2, 1, 3, 4, 2)).astype(np.float32)
-  weight = rng.standard_normal((1, 6, 8, 2)).astype(np.float32)
+  x = rng.standard_normal((1, *size, 2)).astype(np.float32)
+  weight = rng.standard_normal((1, 2 * size[0], 2 * size[1], 2))
 
   @jax.jit
-  def run(x, tangent):
-    _, pushed = jax.jvp(dpt.upsample, [x], [tangent])
+  def run(x):
     gradient = jax.grad(lambda x: jnp.vdot(dpt.upsample(x), weight))(x)
     columns = jax.vmap(dpt.upsample)(jnp.eye(x.size).reshape(-1, *x.shape))
-    return pushed, dpt.upsample(tangent), gradient, columns
+    return gradient, columns
 
-  pushed, doubled, gradient, columns = run(x, tangent)
-  np.testing.assert_allclose(pushed, doubled, atol=1e-6)
+  gradient, columns = run(x)
   expected = np.tensordot(columns, weight, axes=weight.ndim)
   np.testing.assert_allclose(gradient.ravel(), expected, atol=1e-5)
 
