@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.interpreters import partial_eval
 
 
 def _dot(equation) -> int:
@@ -79,10 +80,14 @@ def _count(jaxpr) -> int:
 def count_flops(function: Callable[..., Any], *arguments: Any) -> int:
   """Returns the operations of matrix products and convolutions in a function.
 
+  Only those that its result needs.
+
   Trace it with attention "xla": kernels hide what they do.
 
   Args:
     function: to trace.
     *arguments: arrays or shapes.
   """
-  return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+  jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+  jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+  return _count(jaxpr)

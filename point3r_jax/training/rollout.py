@@ -8,7 +8,9 @@ are given to the camera head, which the memory does not depend on.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from operator import itemgetter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +91,21 @@ def segments(
     start = stop
 
 
+def _write_out(
+  body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any
+) -> tuple[Any, Any]:
+  """Does what `jax.lax.scan` does, one turn after the other.
+
+  With `unroll`, too, a scan gives its last carry a gradient, zeros if nothing
+  reads it. So the last frame would be made pointers of, and backward as well.
+  """
+  results = []
+  for turn in range(len(jax.tree.leaves(inputs)[0])):
+    carry, result = body(carry, jax.tree.map(itemgetter(turn), inputs))
+    results.append(result)
+  return carry, jax.tree.map(lambda *x: jnp.stack(x), *results)
+
+
 def rollout(
   config: ModelConfig,
   options: RolloutOptions,
@@ -160,11 +177,9 @@ def rollout(
     tokens = tokens.reshape(batch, frames, *tokens.shape[1:]).swapaxes(0, 1)
     for start, stop, visible in parts:
       looped = stop - start > options.unroll
-      memory, result = jax.lax.scan(
-        run(visible, looped),
-        memory,
-        (tokens[start:stop], index[start:stop]),
-        unroll=not looped,
+      run_all = jax.lax.scan if looped else _write_out
+      memory, result = run_all(
+        run(visible, looped), memory, (tokens[start:stop], index[start:stop])
       )
       results.append(result)
     predictions, maps = jax.tree.map(lambda *x: jnp.concatenate(x), *results)

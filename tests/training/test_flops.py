@@ -22,6 +22,15 @@ def test_products():
   assert count_flops(batched, x, shape(2, 5, 7)) == 2 * 2 * 3 * 5 * 7
 
 
+def test_what_nothing_reads_does_not_count():
+  def first(x, w):
+    return jnp.matmul(x, w), jnp.matmul(x, w[:, :2])
+
+  x, w = shape(3, 5), shape(5, 7)
+  assert count_flops(first, x, w) == 2 * 3 * 5 * (7 + 2)
+  assert count_flops(lambda *xs: first(*xs)[0], x, w) == 2 * 3 * 5 * 7
+
+
 def test_scans_count_as_often_as_they_run():
   def power(x):
     def inner(y, _):

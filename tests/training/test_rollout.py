@@ -17,10 +17,12 @@ from point3r_jax.params import (
   fold_norms,
   join_products,
   merge,
+  param_shapes,
   stack_layers,
   unstack_layers,
 )
 from point3r_jax.streaming import StepOptions
+from point3r_jax.training.flops import count_flops
 from point3r_jax.training.optimizer import split_frozen
 from point3r_jax.training.rollout import RolloutOptions, rollout, segments
 from tests import goldens, micro
@@ -96,6 +98,25 @@ def mean_square(predictions) -> jax.Array:
   """A loss that is a sum over frames of what each of them predicts."""
   points = predictions.points_world, predictions.points_camera
   return sum(jnp.sum(jnp.square(x)) / x[0].size for x in points)
+
+
+def test_last_frame_makes_no_pointers():
+  """Nothing reads them: neither they nor their gradients are computed."""
+  options = RolloutOptions(dataclasses.replace(STEP, attention="xla"), unroll=2)
+  images = jnp.zeros((2, 2, *micro.IMAGE_SIZE, 3), jnp.uint8)
+
+  def count(value_depth):
+    config = CONFIG.replace(value_depth=value_depth)
+
+    def loss(params):
+      return mean_square(rollout(config, options, params, images)[1])
+
+    return count_flops(jax.grad(loss), param_shapes(config))
+
+  tokens, width = 2 * micro.TOKENS, CONFIG.encoder_width
+  # A block's linear maps, and products of queries, keys and values.
+  block = 2 * tokens * (12 * width**2 + 2 * micro.TOKENS * width)
+  assert count(2) - count(1) == 3 * block  # Forward and backward, of one frame.
 
 
 @pytest.mark.slow
