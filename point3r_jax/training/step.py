@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from point3r_jax.config import ModelConfig
 from point3r_jax.losses import LossOptions, make_targets, point3r_loss
@@ -135,6 +136,11 @@ def train_step(
 
   (loss, (parts, _)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
     trained
+  )
+  # As convolutions give theirs, XLA would turn around the optimiser's state of
+  # their kernels, and back.
+  gradient = jax.tree.map(
+    lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))), gradient
   )
   norm = global_norm(gradient, config.rules)
   finite = jnp.isfinite(loss) & jnp.isfinite(norm)
