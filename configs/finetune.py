@@ -9,7 +9,7 @@ The published run: 8 GPUs with 1 sequence each, 3250 steps an epoch, 10 epochs.
 
 Expected: weights near the released ones that suit these data, or yours, better.
 No scores are known of what the published run gave; with data it was not run
-here. A step costs what it does in stage 3, 207 ms at the largest shape: at that
+here. A step costs what it does in stage 3, 192 ms at the largest shape: at that
 rate 2 hours on eight H200.
 """
 

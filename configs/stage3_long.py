@@ -7,8 +7,8 @@ The published run: 8 GPUs with 1 sequence each, 2112 steps an epoch, 10 epochs.
 
 Expected: weights for longer sequences. Of this stage no scores are known, the
 published ones being of the released weights; with data it was not run here. A
-step with one GPU's sequence at 512×384, the largest shape, takes 207 ms on an
-H200 (benchmarks/README.md; bfloat16): at that rate 1.3 hours on eight.
+step with one GPU's sequence at 512×384, the largest shape, takes 192 ms on an
+H200 (benchmarks/README.md; bfloat16): at that rate 1.1 hours on eight.
 """
 
 from ml_collections import ConfigDict

@@ -172,7 +172,7 @@ def _combine(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
 
   Args:
     x: (B, h, w, K).
-    rows: (p, h), of few numbers but zeros, all close together in each line.
+    rows: (p, h), zeros but for a few numbers close together in each line.
     columns: (q, w), alike.
 
   Returns:

@@ -211,6 +211,8 @@ def _square(arrays: Sequence[jax.Array]) -> jax.Array:
   Row by row first, and then all rows at once: XLA would make two kernels for
   each array, most of which are small.
   """
+  if not arrays:
+    return jnp.zeros(())
   rows = [
     jnp.square(x).sum(axis=-1).ravel() if x.ndim > 1 else jnp.square(x).ravel()
     for x in arrays
@@ -234,7 +236,7 @@ def global_norm(tree: Any, rules: Rules = RULES) -> jax.Array:
   split, whole = [], []
   for x, spec in zip(leaves, specs, strict=True):
     (split if "fsdp" in spec else whole).append(x)
-  square = _square(whole) if whole else 0.0
+  square = _square(whole)
   if split:
     square += jax.shard_map(
       lambda parts: jax.lax.psum(_square(parts), "fsdp"),
