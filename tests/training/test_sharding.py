@@ -190,6 +190,14 @@ def test_of_a_norm_one_number_is_sent(rules):
   assert not sent
 
 
+@pytest.mark.parametrize("shapes", [[], [(3, 16, 64), (64, 32), (32,), ()]])
+def test_the_norm_on_one_device_is_optaxs(shapes):
+  rng = np.random.default_rng(0)
+  tree = [jnp.asarray(rng.normal(size=x), jnp.float32) for x in shapes]
+  norm = jax.jit(sharding.global_norm)(tree)
+  np.testing.assert_allclose(norm, optax.tree.norm(tree), rtol=1e-6)
+
+
 def test_parameters_are_split_along_their_largest_dimension():
   mesh = make_mesh(2, 4)
   shapes = {
