@@ -164,6 +164,23 @@ def _doubling(size: int) -> np.ndarray:
   return matrix
 
 
+def _taps(matrix: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+  """Returns what makes each line's product with a vector, as few gatherings.
+
+  Args:
+    matrix: (p, n), zeros but for a few numbers close together in each line.
+
+  Returns:
+    Indices (p,) into the vector, and their weights (p,) float32, for each.
+  """
+  used = matrix != 0
+  count = used.sum(axis=1).max()
+  first = np.minimum(used.argmax(axis=1), matrix.shape[1] - count)
+  index = first[:, None] + np.arange(count)
+  weight = np.take_along_axis(matrix, index, axis=1).astype(np.float32)
+  return list(zip(index.T, weight.T, strict=True))
+
+
 def _combine(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
   """Multiplies rows and columns of pixels by sparse matrices.
 
@@ -172,28 +189,21 @@ def _combine(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
 
   Args:
     x: (B, h, w, K).
-    rows: (p, h), zeros but for a few numbers close together in each line.
+    rows: (p, h), see `_taps`.
     columns: (q, w), alike.
 
   Returns:
     (B, p, q, K), summed in float32.
   """
-
-  def taps(matrix):
-    used = matrix != 0
-    count = used.sum(axis=1).max()
-    first = np.minimum(used.argmax(axis=1), matrix.shape[1] - count)
-    index = first[:, None] + np.arange(count)
-    weight = np.take_along_axis(matrix, index, axis=1).astype(np.float32)
-    return list(zip(index.T, weight.T, strict=True))
+  columns = _taps(columns)
 
   def along(row):
     return sum(
       weight[:, None] * x[:, row[:, None], column].astype(jnp.float32)
-      for column, weight in taps(columns)
+      for column, weight in columns
     )
 
-  total = sum(weight[:, None, None] * along(row) for row, weight in taps(rows))
+  total = sum(weight[:, None, None] * along(row) for row, weight in _taps(rows))
   return total.astype(x.dtype)
 
 
