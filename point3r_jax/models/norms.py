@@ -8,9 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from point3r_jax.models.compute import NORMED, Compute
+from point3r_jax.models.layouts import row_major
 from point3r_jax.models.partition import divide_batch
 from point3r_jax.models.row_kernels import (
   normalize_rows,
@@ -56,7 +56,7 @@ def _normalize_forward(x, dtype):
     )(x)
   else:
     # On GPUs XLA would lay channels out before tokens, and copy to and fro.
-    x = with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    x = row_major(x)
     wide = x.astype(jnp.float32)
     mean = wide.mean(axis=-1, keepdims=True)
     square = jnp.square(wide).mean(axis=-1, keepdims=True)

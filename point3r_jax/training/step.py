@@ -8,10 +8,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from point3r_jax.config import ModelConfig
 from point3r_jax.losses import LossOptions, make_targets, point3r_loss
+from point3r_jax.models.layouts import row_major
 from point3r_jax.params import (
   cast_params,
   fold_norms,
@@ -139,9 +139,7 @@ def train_step(
   )
   # As convolutions give theirs, XLA would turn around the optimiser's state of
   # their kernels, and back.
-  gradient = jax.tree.map(
-    lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim)))), gradient
-  )
+  gradient = jax.tree.map(row_major, gradient)
   norm = global_norm(gradient, config.rules)
   finite = jnp.isfinite(loss) & jnp.isfinite(norm)
   updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
