@@ -81,7 +81,7 @@ def test_hopper_attentions_backward_pass(
 ):
   """Within one and several blocks of keys; the same results each time."""
   form = quickest(hopper_attention_gradient.FORMS, 16 * batch, tokens[1])
-  assert (form.warpgroups, form.blocks(tokens[1])) == (warpgroups, blocks)
+  assert (form.warpgroups, form.tasks(tokens[1])) == (warpgroups, blocks)
   keys = jax.random.split(jax.random.key(0), 4)
   query, key, value, gradient = (
     jax.random.normal(x, (batch, count, 16, head_dim), jnp.bfloat16)

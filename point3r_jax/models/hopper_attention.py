@@ -1,9 +1,10 @@
 """Attention as one kernel for NVIDIA's Hopper GPUs (compute capability 9).
 
-Some warpgroups work on queries, one more fetches keys and values for them: what
-FlashAttention-3 (arXiv 2407.08608) and `pallas.ops.gpu.attention_mgpu` of JAX
-do, in its simplest form. Unlike cuDNN's kernel this one passes over queries,
-too, that are beyond a length, and needs no memory cleared before.
+Some warpgroups work on queries, one more fetches what they need, also for the
+queries that come next: what FlashAttention-3 (arXiv 2407.08608) and
+`pallas.ops.gpu.attention_mgpu` of JAX do, in its simplest form. Unlike cuDNN's
+kernel this one passes over queries, too, that are beyond a length, and needs no
+memory cleared before.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ class _Form(NamedTuple):
 
   Attributes:
     computing: warpgroups that compute. More share what is fetched; fewer leave
-      less undone where blocks are few.
+      less undone where tasks are few.
     keys: of a step.
     channels: the most a head may have, for what registers and shared memory
       hold.
     registers: of a thread that computes, and of one that fetches; not more than
       all have at first, or threads wait for them forever.
-    turn: time of a block, measured, relative to the others'.
+    turn: time of a task, measured, relative to the others'.
   """
 
   computing: int
@@ -50,8 +51,8 @@ class _Form(NamedTuple):
   registers: tuple[int, int]
   turn: float
 
-  def blocks(self, queries: int) -> int:
-    """Returns how many blocks so many queries of a head make."""
+  def tasks(self, queries: int) -> int:
+    """Returns how many tasks so many queries of a head make."""
     return -(-queries // (self.computing * ROWS))
 
 
@@ -63,19 +64,23 @@ _FORMS = (
 )
 
 
+def _multiprocessors() -> int:
+  """Returns how many multiprocessors there are."""
+  return getattr(jax.devices()[0], "core_count", _MULTIPROCESSORS)
+
+
 def quickest(forms: Iterable[_AnyForm], heads: int, tokens: int) -> _AnyForm:
   """Returns the form that takes the least time, the first of equals.
 
   Args:
-    forms: with `blocks` of so many tokens of a head, and the time of a `turn`,
-      in which all multiprocessors take a block each.
+    forms: with `tasks` of so many tokens of a head, and the time of a `turn`,
+      in which all multiprocessors take a task each.
     heads: of all sequences.
-    tokens: that a form's blocks divide.
+    tokens: that a form's tasks divide.
   """
-  cores = getattr(jax.devices()[0], "core_count", _MULTIPROCESSORS)
 
   def time(form):
-    return -(-heads * form.blocks(tokens) // cores) * form.turn
+    return -(-heads * form.tasks(tokens) // _multiprocessors()) * form.turn
 
   return min(forms, key=time)
 
@@ -99,6 +104,24 @@ COMPILER = plgpu.CompilerParams(
 )
 
 
+def _divide(x: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
+  """Divides an int32 within a kernel, neither of them negative.
+
+  Kernels take three times as long to lower with `//`.
+  """
+  return lax.div(x, jnp.int32(number)), lax.rem(x, jnp.int32(number))
+
+
+def _divide_up(x: jax.Array, number: int) -> jax.Array:
+  """Does so and rounds up."""
+  return _divide(x + (number - 1), number)[0]
+
+
+def _turn(number: jax.Array, places: int) -> jax.Array:
+  """Returns which of some places is next after so many turns."""
+  return _divide(number, places)[1]
+
+
 def _attention_kernel(
   query_length,
   key_length,
@@ -110,49 +133,59 @@ def _attention_kernel(
   *,
   form,
   value_head,
+  blocks,
   query_tiles,
   key_tiles,
   value_tiles,
+  result_tiles,
   query_ready,
   key_ready,
   value_ready,
+  query_read,
   key_read,
   value_read,
   log_sum_tiles=None,
 ):
-  """What a block of warpgroups does.
+  """What a block of warpgroups does: one task after the other.
+
+  A task is some queries of a head. While one is computed, what the next one
+  needs is fetched.
 
   All arguments are references: the operands and the results in global memory,
-  then tiles of them in shared memory, the computing warpgroups' queries and the
-  keys and values of `_STAGES` steps, and barriers. What is `ready` has arrived
-  in its tile; where all warpgroups have `read`, the next may come.
+  then tiles of them in shared memory, the computing warpgroups' queries of one
+  or two tasks and the keys and values of `_STAGES` steps, and barriers. What is
+  `ready` has arrived in its tile; where all warpgroups have `read`, the next
+  may come.
   """
-  batch, head = lax.axis_index("batch"), lax.axis_index("head")
-  warpgroup = lax.axis_index("warpgroup")
-  computing, channels = form.computing, query_tiles.shape[-1]
-  first = lax.axis_index("tile") * (computing * ROWS)
-  # Queries beyond their length see no keys, and zeros come out.
-  keys = jnp.where(first < query_length[batch], key_length[batch], 0)
-  steps = pl.cdiv(keys, jnp.int32(form.keys))
+  block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+  batch_size, num_queries, heads, channels = query.shape
+  computing, places = form.computing, query_tiles.shape[0]
+  tiles = form.tasks(num_queries)
+  tasks = _divide_up(batch_size * tiles * heads - block, blocks)
 
-  def slot(step):
-    return lax.rem(step, jnp.int32(_STAGES))
+  def task(number):
+    """Returns sample, head, first query, keys and steps of a task."""
+    index, head = _divide(block + number * blocks, heads)
+    batch, tile = _divide(index, tiles)
+    first = tile * (computing * ROWS)
+    # Queries beyond their length see no keys, and zeros come out.
+    keys = jnp.where(first < query_length[batch], key_length[batch], 0)
+    return batch, head, first, keys, _divide_up(keys, form.keys)
 
-  def compute():
-    plgpu.set_max_registers(form.registers[0], action="increase")
+  def compute(number, before):
+    """Computes a task; so many steps came before it."""
+    batch, head, first, keys, steps = task(number)
     rows = pl.ds(first + warpgroup * ROWS, ROWS)
-    tile = query_tiles.at[warpgroup]
+    place = _turn(number, places)
+    tile = query_tiles.at[place, warpgroup]
     scale = channels**-0.5 * math.log2(math.e)  # The hardware knows exp2.
-    plgpu.copy_gmem_to_smem(
-      query.at[batch, rows, head], tile, query_ready.at[warpgroup]
-    )
-    plgpu.barrier_wait(query_ready.at[warpgroup])
 
     def attend(step, carry):
       total, peak, norm = carry
+      slot = _turn(before + step, _STAGES)
 
       def multiply_keys(scores):
-        plgpu.wgmma(scores, tile, key_tiles.at[slot(step)].T)
+        plgpu.wgmma(scores, tile, key_tiles.at[slot].T)
         return scores[...]
 
       def mask(scores):
@@ -162,11 +195,11 @@ def _attention_kernel(
       def along_rows(x, like):
         return lax.broadcast_in_dim(x, like.shape, [0])
 
-      plgpu.barrier_wait(key_ready.at[slot(step)])
+      plgpu.barrier_wait(key_ready.at[slot])
       scores = pl.run_scoped(
         multiply_keys, plgpu.ACC((ROWS, form.keys), jnp.float32)
       )
-      plgpu.barrier_arrive(key_read.at[slot(step)])
+      plgpu.barrier_arrive(key_read.at[slot])
       beyond = (step + 1) * form.keys > keys
       scores = lax.cond(beyond, mask, lambda scores: scores, scores)
       new_peak = jnp.maximum(peak, scores.max(axis=1) * scale)
@@ -177,11 +210,11 @@ def _attention_kernel(
       weights = weights.astype(value_tiles.dtype)
 
       def add_values(total):
-        plgpu.wgmma(total, weights, value_tiles.at[slot(step)])
+        plgpu.wgmma(total, weights, value_tiles.at[slot])
 
-      plgpu.barrier_wait(value_ready.at[slot(step)])
+      plgpu.barrier_wait(value_ready.at[slot])
       total = pl.run_state(add_values)(plgpu.ACC.init(total))
-      plgpu.barrier_arrive(value_read.at[slot(step)])
+      plgpu.barrier_arrive(value_read.at[slot])
       return total, new_peak, norm
 
     def fill(shape, value, layout):
@@ -192,44 +225,74 @@ def _attention_kernel(
       fill((ROWS,), -jnp.inf, _ROW),
       fill((ROWS,), 0.0, _ROW),
     )
+    plgpu.barrier_wait(query_ready.at[place])
     total, peak, norm = lax.fori_loop(0, steps, attend, carry)
     factor = 1 / (norm + float(jnp.finfo(jnp.float32).tiny))
     total *= lax.broadcast_in_dim(factor, total.shape, [0])
-    tile[...] = total.astype(tile.dtype)
+
+    plgpu.barrier_arrive(query_read.at[place])
+    # The results of the task before have left their tiles.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    result = result_tiles.at[warpgroup]
+    result[...] = total.astype(result.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(tile, output.at[batch, rows, head])
+    plgpu.copy_smem_to_gmem(result, output.at[batch, rows, head])
     if log_sum is not None:
       sums = log_sum_tiles.at[warpgroup]
       # Without keys infinite, so that weights are zero in the backward pass.
       sums[...] = jnp.where(norm > 0, peak + jnp.log2(norm), jnp.inf)
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(sums, log_sum.at[batch, head, rows])
-    plgpu.wait_smem_to_gmem(0)
+    return before + steps
 
-  def fetch_for_them():
-    plgpu.set_max_registers(form.registers[1], action="decrease")
+  def fetch(number, before):
+    """Fetches what a task needs; so many steps came before it."""
+    batch, head, first, _, steps = task(number)
+    place = _turn(number, places)
 
-    def fetch(source, first_head, step, tiles, ready):
-      rows = pl.ds(step * form.keys, form.keys)
+    @pl.when(number >= places)
+    def _():
+      plgpu.barrier_wait(query_read.at[place])
+
+    @pl.loop(0, computing)
+    def _(other):
       plgpu.copy_gmem_to_smem(
-        source.at[batch, rows, first_head + head],
-        tiles.at[slot(step)],
-        ready.at[slot(step)],
+        query.at[batch, pl.ds(first + other * ROWS, ROWS), head],
+        query_tiles.at[place, other],
+        query_ready.at[place],
       )
 
-    @pl.loop(0, jnp.minimum(steps, _STAGES))
+    @pl.loop(0, steps)
     def _(step):
-      fetch(key, 0, step, key_tiles, key_ready)
-      fetch(value, value_head, step, value_tiles, value_ready)
+      slot = _turn(before + step, _STAGES)
+      rows = pl.ds(step * form.keys, form.keys)
+      for source, first_head, tiles, ready, read in (
+        (key, 0, key_tiles, key_ready, key_read),
+        (value, value_head, value_tiles, value_ready, value_read),
+      ):
 
-    @pl.loop(_STAGES, steps)
-    def _(step):
-      plgpu.barrier_wait(key_read.at[slot(step)])
-      fetch(key, 0, step, key_tiles, key_ready)
-      plgpu.barrier_wait(value_read.at[slot(step)])
-      fetch(value, value_head, step, value_tiles, value_ready)
+        @pl.when(before + step >= _STAGES)
+        def _(read=read):
+          plgpu.barrier_wait(read.at[slot])
 
-  lax.cond(warpgroup < computing, compute, fetch_for_them)
+        plgpu.copy_gmem_to_smem(
+          source.at[batch, rows, first_head + head],
+          tiles.at[slot],
+          ready.at[slot],
+        )
+
+    return before + steps
+
+  def take_all(take, registers, action):
+    plgpu.set_max_registers(registers, action=action)
+    lax.fori_loop(0, tasks, take, jnp.int32(0))
+    plgpu.wait_smem_to_gmem(0)
+
+  lax.cond(
+    warpgroup < computing,
+    lambda: take_all(compute, form.registers[0], "increase"),
+    lambda: take_all(fetch, form.registers[1], "decrease"),
+  )
 
 
 def shared_tiles(
@@ -298,29 +361,36 @@ def hopper_attention(
   dtype = query.dtype
   form = _choose(batch * heads, num_queries, channels)
   computing = form.computing
+  # Training's kernels follow one another. Beside others, as in streams, a block
+  # that waits for a multiprocessor should not have more than one task.
+  tasks = batch * heads * form.tasks(num_queries)
+  blocks = min(tasks, _multiprocessors()) if keep_log_sum else tasks
+  places = 1 if blocks == tasks else 2
   result = jax.ShapeDtypeStruct(query.shape, dtype)
   scratch = {
-    "query_tiles": shared_tiles((computing, ROWS, channels), dtype),
+    "query_tiles": shared_tiles((places, computing, ROWS, channels), dtype),
     "key_tiles": shared_tiles((_STAGES, form.keys, channels), dtype),
     "value_tiles": shared_tiles((_STAGES, form.keys, channels), dtype),
-    "query_ready": barriers(computing),
+    "result_tiles": shared_tiles((computing, ROWS, channels), dtype),
+    "query_ready": barriers(places, computing),
     "key_ready": barriers(_STAGES),
     "value_ready": barriers(_STAGES),
+    "query_read": barriers(places, computing),
     "key_read": barriers(_STAGES, computing),
     "value_read": barriers(_STAGES, computing),
   }
   if keep_log_sum:
-    # Of whole blocks: rows of this array are copied without regard to its end.
-    rows = form.blocks(num_queries) * computing * ROWS
+    # Of whole tasks: rows of this array are copied without regard to its end.
+    rows = form.tasks(num_queries) * computing * ROWS
     log_sum = jax.ShapeDtypeStruct((batch, heads, rows), jnp.float32)
     result = result, log_sum
     scratch["log_sum_tiles"] = plgpu.SMEM((computing, ROWS), jnp.float32)
   return plgpu.kernel(
-    bind(_attention_kernel, form=form, value_head=value_head),
+    bind(_attention_kernel, form=form, value_head=value_head, blocks=blocks),
     out_type=result,
     scratch_types=scratch,
-    grid=(heads, form.blocks(num_queries), batch),
-    grid_names=("head", "tile", "batch"),
+    grid=(blocks,),
+    grid_names=("block",),
     num_threads=computing + 1,
     thread_name="warpgroup",
     compiler_params=COMPILER,

@@ -57,8 +57,8 @@ class _Form(NamedTuple):
     """Keys of a block."""
     return self.warpgroups * ROWS
 
-  def blocks(self, keys: int) -> int:
-    """Returns how many blocks so many keys of a head make."""
+  def tasks(self, keys: int) -> int:
+    """Returns how many tasks, of a block each, so many keys of a head make."""
     return -(-keys // self.keys)
 
 
@@ -237,13 +237,12 @@ def _gradient_kernel(
 
 def _dots(output: jax.Array, gradient: jax.Array) -> jax.Array:
   """Returns each query's scalar product of both, (B, heads, whole tiles)."""
-  dots = jnp.einsum(
-    "bnhd,bnhd->bhn",
-    output.astype(jnp.float32),
-    gradient.astype(jnp.float32),
-    precision="highest",
+  # Padded before they are summed, XLA does both in one kernel.
+  padding = ((0, 0), (0, -output.shape[1] % ROWS), (0, 0), (0, 0))
+  output, gradient = (
+    jnp.pad(x.astype(jnp.float32), padding) for x in (output, gradient)
   )
-  return jnp.pad(dots, ((0, 0), (0, 0), (0, -dots.shape[-1] % ROWS)))
+  return (output * gradient).sum(axis=3).swapaxes(1, 2)
 
 
 def _add_tiles(
@@ -300,7 +299,7 @@ def hopper_attention_gradient(
     )
   dtype = query.dtype
   form = quickest(FORMS, batch * heads, num_keys)
-  blocks = form.blocks(num_keys)
+  blocks = form.tasks(num_keys)
   # Parts of a step are no wider, and all that is multiplied is laid out alike.
   swizzle = plgpu.find_swizzle(math.gcd(channels, form.queries) * 16)
   tiles = functools.partial(shared_tiles, dtype=dtype, swizzle=swizzle)
