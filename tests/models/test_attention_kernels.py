@@ -181,8 +181,8 @@ def test_a_hopper_block_has_the_registers_that_it_asks_for(form):
   ("heads", "queries", "channels", "computing"),
   [
     (16, 768, 64, 2),  # An image's tokens.
-    (1280, 200, 64, 4),  # Those of small images, in training: one block each.
-    (16, 2560, 48, 5),  # Pointers: 128 blocks are one turn of 132,
+    (1280, 200, 64, 4),  # Those of small images, in training: one task each.
+    (16, 2560, 48, 5),  # Pointers: 128 tasks are one turn of 132,
     (16, 2560, 64, 3),  # but registers do not hold larger heads;
     (16, 3072, 48, 3),  # 160 would be two.
     (128, 3840, 48, 3),
@@ -197,9 +197,24 @@ def test_hopper_blocks_that_take_the_least_time(
 
 
 @pytest.mark.parametrize(
+  ("batch", "training", "blocks"),
+  [(16, False, 256), (16, True, 132), (2, True, 64)],
+)
+def test_hopper_blocks_stay_in_training(batch, training, blocks):
+  """There each takes several tasks, if there are more than multiprocessors."""
+  operand = jax.ShapeDtypeStruct((batch, 200, 16, 64), jnp.bfloat16)
+  length = jax.ShapeDtypeStruct((batch,), jnp.int32)
+  kernel = functools.partial(
+    hopper_attention.hopper_attention, keep_log_sum=training
+  )
+  program = str(jax.make_jaxpr(kernel)(*3 * [operand], *2 * [length]))
+  assert f"grid=({blocks},)" in program
+
+
+@pytest.mark.parametrize(
   ("heads", "keys", "warpgroups"),
   [
-    (1280, 200, 4),  # Tokens of small images, in training: one block each.
+    (1280, 200, 4),  # Tokens of small images, in training: one task each.
     (256, 784, 3),
     (48, 3072, 3),
     (32, 200, 3),  # In one turn of 132 multiprocessors, with two blocks, too.
