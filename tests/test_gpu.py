@@ -73,6 +73,7 @@ def test_attention_equals_xla(implementation, head_dim, lengths):
     (2, (784, 264), 3, 2),
     (2, (80, 700), 3, 4),
     (16, (200, 200), 4, 1),
+    (16, (784, 784), 3, 5),  # Forward ten tasks for each multiprocessor.
     (2, (80, 1000), 4, 4),
   ],
 )
@@ -108,6 +109,41 @@ def test_hopper_attentions_backward_pass(
     error = jnp.linalg.norm(x.astype(jnp.float32) - y)
     assert error < 6e-3 * jnp.linalg.norm(y)
   assert not any(x[1, 3:].any() for x in result[1:])
+
+
+def test_hopper_attention_passes_over_queries_in_training():
+  """Tasks without any, among others that follow one another."""
+  shape = (16, 784, 16, 48)
+  query, key, value, gradient = (
+    jax.random.normal(x, shape, jnp.bfloat16)
+    for x in jax.random.split(jax.random.key(0), 4)
+  )
+  length = jnp.where(jnp.arange(16) % 2, 784, 40)
+  valid = (jnp.arange(784) < length[:, None])[..., None, None]
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def pull(implementation, *operands):
+    def run(*operands):
+      result = attention(
+        *operands,
+        query_length=length,
+        key_length=length[::-1],
+        implementation=implementation,
+      )
+      return jnp.where(valid, result, 0)
+
+    result, pullback = jax.vjp(run, *operands)
+    return result, *pullback(gradient.astype(result.dtype))
+
+  results = pull("hopper", query, key, value)
+  chex.assert_tree_all_finite(results)
+  with jax.default_matmul_precision("highest"):
+    expected = pull(
+      "xla", *(x.astype(jnp.float32) for x in (query, key, value))
+    )
+  for x, y in zip(results, expected, strict=True):
+    error = jnp.linalg.norm(x.astype(jnp.float32) - y)
+    assert error < 6e-3 * jnp.linalg.norm(y)
 
 
 @pytest.mark.parametrize("tokens", [1, 70, 192, 1280, 3072])

@@ -1,10 +1,10 @@
 """Attention as one kernel for NVIDIA's Hopper GPUs (compute capability 9).
 
-Some warpgroups work on queries, one more fetches what they need, also for the
-queries that come next: what FlashAttention-3 (arXiv 2407.08608) and
-`pallas.ops.gpu.attention_mgpu` of JAX do, in its simplest form. Unlike cuDNN's
-kernel this one passes over queries, too, that are beyond a length, and needs no
-memory cleared before.
+Some warpgroups work on queries, one more fetches keys and values for them: what
+FlashAttention-3 (arXiv 2407.08608) and `pallas.ops.gpu.attention_mgpu` of JAX
+do, in its simplest form. Unlike cuDNN's kernel this one passes over queries,
+too, that are beyond a length, and needs no memory cleared before. In training
+it also fetches what a block computes next.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ from jax import lax
 # flight.
 ROWS = 64
 _STAGES = 2
+# What shared memory and registers hold of a head, and in the backward pass, in
+# which they are the sums of a warpgroup's keys and values.
+MOST_CHANNELS = 128
+MOST_CHANNELS_BACKWARD = 64
 # Of the largest Hopper GPUs, if the device is none.
 _MULTIPROCESSORS = 132
 
@@ -42,7 +46,8 @@ class _Form(NamedTuple):
       hold.
     registers: of a thread that computes, and of one that fetches; not more than
       all have at first, or threads wait for them forever.
-    turn: time of a task, measured, relative to the others'.
+    turn: time of a task that is a block's only one, measured, relative to the
+      others'.
   """
 
   computing: int
@@ -85,11 +90,10 @@ def quickest(forms: Iterable[_AnyForm], heads: int, tokens: int) -> _AnyForm:
   return min(forms, key=time)
 
 
-def _choose(heads: int, queries: int, channels: int) -> _Form:
-  """Returns the quickest form of those that hold so many channels."""
-  forms = [form for form in _FORMS if channels <= form.channels]
+def _choose(heads: int, queries: int, channels: int, most: int) -> _Form:
+  """Returns the quickest form of those that hold so many channels, if any."""
+  forms = [form for form in _FORMS if channels <= min(form.channels, most)]
   if not forms:
-    most = max(form.channels for form in _FORMS)
     raise ValueError(
       f"heads have {channels} channels, but this kernel takes {most} at most; "
       "ask for another implementation of attention"
@@ -104,21 +108,21 @@ COMPILER = plgpu.CompilerParams(
 )
 
 
-def _divide(x: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
-  """Divides an int32 within a kernel, neither of them negative.
+def _divide(x: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
+  """Returns quotient and remainder of an int32 that is not negative.
 
-  Kernels take three times as long to lower with `//`.
+  For kernels, which take up to twice as long to lower with `//` and `%`.
   """
-  return lax.div(x, jnp.int32(number)), lax.rem(x, jnp.int32(number))
+  return lax.div(x, jnp.int32(by)), lax.rem(x, jnp.int32(by))
 
 
-def _divide_up(x: jax.Array, number: int) -> jax.Array:
-  """Does so and rounds up."""
-  return _divide(x + (number - 1), number)[0]
+def _divide_up(x: jax.Array, by: int) -> jax.Array:
+  """Returns the quotient, rounded up, of an int32 that is not negative."""
+  return _divide(x + (by - 1), by)[0]
 
 
-def _turn(number: jax.Array, places: int) -> jax.Array:
-  """Returns which of some places is next after so many turns."""
+def slot(number: jax.Array, places: int) -> jax.Array:
+  """Returns which of places that are taken in turn is that of a number."""
   return _divide(number, places)[1]
 
 
@@ -146,46 +150,47 @@ def _attention_kernel(
   value_read,
   log_sum_tiles=None,
 ):
-  """What a block of warpgroups does: one task after the other.
+  """What each of so many blocks of warpgroups does: one task after the other.
 
   A task is some queries of a head. While one is computed, what the next one
   needs is fetched.
 
-  All arguments are references: the operands and the results in global memory,
+  Other arguments are references: the operands and the results in global memory,
   then tiles of them in shared memory, the computing warpgroups' queries of one
-  or two tasks and the keys and values of `_STAGES` steps, and barriers. What is
-  `ready` has arrived in its tile; where all warpgroups have `read`, the next
-  may come.
+  or two tasks, the keys and values of `_STAGES` steps and the results of one
+  task, and barriers. What is `ready` has arrived in its tile; where all
+  warpgroups have `read`, the next may come.
   """
   block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
   batch_size, num_queries, heads, channels = query.shape
   computing, places = form.computing, query_tiles.shape[0]
-  tiles = form.tasks(num_queries)
-  tasks = _divide_up(batch_size * tiles * heads - block, blocks)
+  tasks_of_head = form.tasks(num_queries)
+  all_tasks = batch_size * heads * tasks_of_head
+  tasks = _divide_up(all_tasks - block, blocks)
 
   def task(number):
     """Returns sample, head, first query, keys and steps of a task."""
-    index, head = _divide(block + number * blocks, heads)
-    batch, tile = _divide(index, tiles)
-    first = tile * (computing * ROWS)
-    # Queries beyond their length see no keys, and zeros come out.
+    rest, head = _divide(block + number * blocks, heads)
+    batch, part = _divide(rest, tasks_of_head)
+    first = part * (computing * ROWS)
+    # Tasks beyond the queries' length see no keys, and zeros come out.
     keys = jnp.where(first < query_length[batch], key_length[batch], 0)
     return batch, head, first, keys, _divide_up(keys, form.keys)
 
   def compute(number, before):
-    """Computes a task; so many steps came before it."""
+    """Computes a task after so many steps; returns how many there are then."""
     batch, head, first, keys, steps = task(number)
     rows = pl.ds(first + warpgroup * ROWS, ROWS)
-    place = _turn(number, places)
-    tile = query_tiles.at[place, warpgroup]
+    place = slot(number, places)
+    own_queries = query_tiles.at[place, warpgroup]
     scale = channels**-0.5 * math.log2(math.e)  # The hardware knows exp2.
 
     def attend(step, carry):
       total, peak, norm = carry
-      slot = _turn(before + step, _STAGES)
+      here = slot(before + step, _STAGES)
 
       def multiply_keys(scores):
-        plgpu.wgmma(scores, tile, key_tiles.at[slot].T)
+        plgpu.wgmma(scores, own_queries, key_tiles.at[here].T)
         return scores[...]
 
       def mask(scores):
@@ -195,11 +200,11 @@ def _attention_kernel(
       def along_rows(x, like):
         return lax.broadcast_in_dim(x, like.shape, [0])
 
-      plgpu.barrier_wait(key_ready.at[slot])
+      plgpu.barrier_wait(key_ready.at[here])
       scores = pl.run_scoped(
         multiply_keys, plgpu.ACC((ROWS, form.keys), jnp.float32)
       )
-      plgpu.barrier_arrive(key_read.at[slot])
+      plgpu.barrier_arrive(key_read.at[here])
       beyond = (step + 1) * form.keys > keys
       scores = lax.cond(beyond, mask, lambda scores: scores, scores)
       new_peak = jnp.maximum(peak, scores.max(axis=1) * scale)
@@ -210,11 +215,11 @@ def _attention_kernel(
       weights = weights.astype(value_tiles.dtype)
 
       def add_values(total):
-        plgpu.wgmma(total, weights, value_tiles.at[slot])
+        plgpu.wgmma(total, weights, value_tiles.at[here])
 
-      plgpu.barrier_wait(value_ready.at[slot])
+      plgpu.barrier_wait(value_ready.at[here])
       total = pl.run_state(add_values)(plgpu.ACC.init(total))
-      plgpu.barrier_arrive(value_read.at[slot])
+      plgpu.barrier_arrive(value_read.at[here])
       return total, new_peak, norm
 
     def fill(shape, value, layout):
@@ -231,7 +236,7 @@ def _attention_kernel(
     total *= lax.broadcast_in_dim(factor, total.shape, [0])
 
     plgpu.barrier_arrive(query_read.at[place])
-    # The results of the task before have left their tiles.
+    # Until the results of the task before have left their tiles.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     result = result_tiles.at[warpgroup]
     result[...] = total.astype(result.dtype)
@@ -246,25 +251,25 @@ def _attention_kernel(
     return before + steps
 
   def fetch(number, before):
-    """Fetches what a task needs; so many steps came before it."""
+    """Fetches what a task needs; for the rest see `compute`."""
     batch, head, first, _, steps = task(number)
-    place = _turn(number, places)
+    place = slot(number, places)
 
     @pl.when(number >= places)
     def _():
       plgpu.barrier_wait(query_read.at[place])
 
     @pl.loop(0, computing)
-    def _(other):
+    def _(warpgroup):
       plgpu.copy_gmem_to_smem(
-        query.at[batch, pl.ds(first + other * ROWS, ROWS), head],
-        query_tiles.at[place, other],
+        query.at[batch, pl.ds(first + warpgroup * ROWS, ROWS), head],
+        query_tiles.at[place, warpgroup],
         query_ready.at[place],
       )
 
     @pl.loop(0, steps)
     def _(step):
-      slot = _turn(before + step, _STAGES)
+      here = slot(before + step, _STAGES)
       rows = pl.ds(step * form.keys, form.keys)
       for source, first_head, tiles, ready, read in (
         (key, 0, key_tiles, key_ready, key_read),
@@ -273,26 +278,26 @@ def _attention_kernel(
 
         @pl.when(before + step >= _STAGES)
         def _(read=read):
-          plgpu.barrier_wait(read.at[slot])
+          plgpu.barrier_wait(read.at[here])
 
         plgpu.copy_gmem_to_smem(
           source.at[batch, rows, first_head + head],
-          tiles.at[slot],
-          ready.at[slot],
+          tiles.at[here],
+          ready.at[here],
         )
 
     return before + steps
 
-  def take_all(take, registers, action):
-    plgpu.set_max_registers(registers, action=action)
-    lax.fori_loop(0, tasks, take, jnp.int32(0))
+  def compute_all():
+    plgpu.set_max_registers(form.registers[0], action="increase")
+    lax.fori_loop(0, tasks, compute, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)
 
-  lax.cond(
-    warpgroup < computing,
-    lambda: take_all(compute, form.registers[0], "increase"),
-    lambda: take_all(fetch, form.registers[1], "decrease"),
-  )
+  def fetch_all():
+    plgpu.set_max_registers(form.registers[1], action="decrease")
+    lax.fori_loop(0, tasks, fetch, jnp.int32(0))
+
+  lax.cond(warpgroup < computing, compute_all, fetch_all)
 
 
 def shared_tiles(
@@ -341,7 +346,7 @@ def hopper_attention(
 
   Args:
     query: (B, N, heads, d) bfloat16 or float16, d a multiple of 16 up to 128,
-      N and M multiples of 8.
+      with `keep_log_sum` 64, N and M multiples of 8.
     key: (B, M, heads, d), of the same type; so is value.
     value: (B, M, heads, d), or of more heads.
     query_length: (B,) int32, the valid prefix of queries.
@@ -359,11 +364,12 @@ def hopper_attention(
   """
   batch, num_queries, heads, channels = query.shape
   dtype = query.dtype
-  form = _choose(batch * heads, num_queries, channels)
+  most = MOST_CHANNELS_BACKWARD if keep_log_sum else MOST_CHANNELS
+  form = _choose(batch * heads, num_queries, channels, most)
   computing = form.computing
-  # Training's kernels follow one another. Beside others, as in streams, a block
-  # that waits for a multiprocessor should not have more than one task.
   tasks = batch * heads * form.tasks(num_queries)
+  # With a backward pass to come, kernels follow one another. Beside others, as
+  # in streams, a block that waits for a multiprocessor is to have but one task.
   blocks = min(tasks, _multiprocessors()) if keep_log_sum else tasks
   places = 1 if blocks == tasks else 2
   result = jax.ShapeDtypeStruct(query.shape, dtype)

@@ -22,16 +22,15 @@ from jax import lax
 
 from point3r_jax.models.hopper_attention import (
   COMPILER,
+  MOST_CHANNELS_BACKWARD,
   ROWS,
   TILE,
   barriers,
   bind,
   quickest,
   shared_tiles,
+  slot,
 )
-
-# What registers hold of a head: the sums of a warpgroup's keys and values.
-MOST_CHANNELS = 64
 
 # Steps, of as many queries as a warpgroup has rows, that are in flight; and how
 # many steps' gradients of scores there is room for.
@@ -113,11 +112,8 @@ def _gradient_kernel(
   own_keys, own_values = key_tiles.at[warpgroup], value_tiles.at[warpgroup]
   own_result = result_tiles.at[warpgroup]
 
-  def turn(step, number):
-    return lax.rem(step, jnp.int32(number))
-
   def fetch(step):
-    rows, here = pl.ds(step * ROWS, ROWS), turn(step, _STAGES)
+    rows, here = pl.ds(step * ROWS, ROWS), slot(step, _STAGES)
     for source, tiles in ((query, query_tiles), (gradient, gradient_tiles)):
       plgpu.copy_gmem_to_smem(
         source.at[batch, rows, head], tiles.at[here], ready.at[here]
@@ -141,7 +137,7 @@ def _gradient_kernel(
 
   def of_own(step, part, totals):
     """Adds what a part of a step's queries gives to the own keys' gradients."""
-    here = turn(step, _STAGES)
+    here = slot(step, _STAGES)
     columns = pl.ds(part * form.queries, form.queries)
     queries = query_tiles.at[here, columns]
     gradients = gradient_tiles.at[here, columns]
@@ -162,7 +158,7 @@ def _gradient_kernel(
     weights = weights.astype(dtype)
     of_weights = multiply(own_values, gradients) - down_columns(dot_tiles)
     of_scores = (weights.astype(jnp.float32) * of_weights).astype(dtype)
-    place = score_tiles.at[turn(step, _PLACES), warpgroup]
+    place = score_tiles.at[slot(step, _PLACES), warpgroup]
     place.at[:, columns][...] = of_scores
 
     def add(totals):
@@ -175,7 +171,7 @@ def _gradient_kernel(
     """Makes gradients of a step's queries of what all warpgroups found."""
 
     def run(total):
-      places = score_tiles.at[turn(step, _PLACES)]
+      places = score_tiles.at[slot(step, _PLACES)]
       for other in range(form.warpgroups):
         plgpu.wgmma(total, places.at[other].T, key_tiles.at[other])
       return total[...]
@@ -187,11 +183,11 @@ def _gradient_kernel(
     send(total * scale, own_result, of_query.at[tile, batch, rows, head])
 
   def take_step(step, totals):
-    plgpu.barrier_wait(ready.at[turn(step, _STAGES)])
+    plgpu.barrier_wait(ready.at[slot(step, _STAGES)])
 
     @pl.when(step >= _PLACES)
     def _():
-      plgpu.barrier_wait(scores_read.at[turn(step - _PLACES, form.warpgroups)])
+      plgpu.barrier_wait(scores_read.at[slot(step - _PLACES, form.warpgroups)])
 
     totals = of_own(step, 0, totals)
     for part in range(1, ROWS // form.queries):
@@ -203,9 +199,9 @@ def _gradient_kernel(
       else:
         totals = add_part(totals)
     plgpu.commit_smem()
-    plgpu.barrier_arrive(scores_ready.at[turn(step, form.warpgroups)])
+    plgpu.barrier_arrive(scores_ready.at[slot(step, form.warpgroups)])
 
-    @pl.when(turn(step, form.warpgroups) == warpgroup)
+    @pl.when(slot(step, form.warpgroups) == warpgroup)
     def _():
       plgpu.barrier_wait(scores_ready.at[warpgroup])
 
@@ -291,11 +287,11 @@ def hopper_attention_gradient(
   """
   batch, _, heads, channels = query.shape
   num_keys = key.shape[1]
-  if channels > MOST_CHANNELS:
+  if channels > MOST_CHANNELS_BACKWARD:
     raise ValueError(
       f"heads have {channels} channels, but the backward pass of this kernel "
-      f"takes {MOST_CHANNELS} at most; ask for another implementation of "
-      "attention"
+      f"takes {MOST_CHANNELS_BACKWARD} at most; ask for another implementation "
+      "of attention"
     )
   dtype = query.dtype
   form = quickest(FORMS, batch * heads, num_keys)

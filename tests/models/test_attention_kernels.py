@@ -192,7 +192,7 @@ def test_a_hopper_block_has_the_registers_that_it_asks_for(form):
 def test_hopper_blocks_that_take_the_least_time(
   heads, queries, channels, computing
 ):
-  form = hopper_attention._choose(heads, queries, channels)
+  form = hopper_attention._choose(heads, queries, channels, 128)
   assert form.computing == computing
 
 
@@ -229,10 +229,28 @@ def test_hopper_blocks_of_keys_that_take_the_least_time(
 
 
 def test_hopper_blocks_have_limits_that_are_said():
-  most = max(form.channels for form in hopper_attention._FORMS)
-  assert attention_module._MOST_HOPPER_CHANNELS == most == 128
+  most = attention_module._MOST_HOPPER_CHANNELS
+  assert most == hopper_attention.MOST_CHANNELS == 128
+  assert most == max(form.channels for form in hopper_attention._FORMS)
   with pytest.raises(ValueError, match=r"144 channels, .* takes 128 at most"):
-    hopper_attention._choose(16, 768, 144)
+    hopper_attention._choose(16, 768, 144, most)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("form", hopper_attention._FORMS)
+def test_shared_memory_holds_a_hopper_block(monkeypatch, form, training):
+  """With the widest heads, and in training what the next task needs, too."""
+  monkeypatch.setattr(hopper_attention, "_FORMS", (form,))
+  monkeypatch.setattr(hopper_attention, "_multiprocessors", lambda: 1)
+  most = hopper_attention.MOST_CHANNELS_BACKWARD if training else form.channels
+  channels = min(form.channels, most)
+  operand = jax.ShapeDtypeStruct((1, 8, 2, channels), jnp.bfloat16)
+  length = jax.ShapeDtypeStruct((1,), jnp.int32)
+  kernel = functools.partial(
+    hopper_attention.hopper_attention.__wrapped__, keep_log_sum=training
+  )
+  traced = jax.jit(kernel).trace(*3 * [operand], *2 * [length])
+  assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("channels", [16, 80])
@@ -295,11 +313,15 @@ def test_what_surrounds_the_hopper_kernels(monkeypatch, channels):
 
 def test_the_hopper_kernel_has_a_backward_pass_for_narrow_heads_only():
   most = attention_module._MOST_HOPPER_CHANNELS_BACKWARD
-  assert most == hopper_attention_gradient.MOST_CHANNELS == 64
+  assert most == hopper_attention.MOST_CHANNELS_BACKWARD == 64
   query, key, value, length = (jnp.asarray(x) for x in operands(1, 80))
   with pytest.raises(ValueError, match=r"80 channels, .* takes 64 at most"):
     hopper_attention_gradient.hopper_attention_gradient(
       query, key, value, length, query, length, query
+    )
+  with pytest.raises(ValueError, match=r"80 channels, .* takes 64 at most"):
+    hopper_attention.hopper_attention(
+      query, key, value, length, length, keep_log_sum=True
     )
 
 
