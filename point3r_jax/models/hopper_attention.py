@@ -260,10 +260,10 @@ def _attention_kernel(
       plgpu.barrier_wait(query_read.at[place])
 
     @pl.loop(0, computing)
-    def _(warpgroup):
+    def _(other):
       plgpu.copy_gmem_to_smem(
-        query.at[batch, pl.ds(first + warpgroup * ROWS, ROWS), head],
-        query_tiles.at[place, warpgroup],
+        query.at[batch, pl.ds(first + other * ROWS, ROWS), head],
+        query_tiles.at[place, other],
         query_ready.at[place],
       )
 
