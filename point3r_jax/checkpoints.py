@@ -299,8 +299,7 @@ def load_checkpoint(
       random weights of a preset's size.
     precision: prepare for this policy before the weights go to the device
       (halves device memory under bfloat16), see `prepare_params`, and to be run
-      under it: under a finer one their rounding stays. None keeps what is
-      stored.
+      under it: a finer one refuses what is rounded. None keeps what is stored.
     scan_layers: load for a model whose layers are scanned.
     ema: load the moving average that a training run kept.
 

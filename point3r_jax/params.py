@@ -183,6 +183,39 @@ def merge(params: Mapping[str, Any], others: Mapping[str, Any]) -> dict:
   return flax.traverse_util.unflatten_dict(flatten(params) | flatten(others))
 
 
+def _dtype_under(precision: Precision, keys: Sequence[str]) -> jnp.dtype | None:
+  """Returns the type that a policy has for a parameter; None: as it is."""
+  linear = keys[-1] in ("kernel", "bias") and not keys[-2].endswith("norm")
+  if not linear or _FLOAT32 & set(keys):
+    return None
+  if _DENSE & set(keys):
+    return precision.dense_dtype
+  summed = keys[-1] == "bias" and keys[-2].endswith(_SUMMED)
+  kept = summed and not _ROUNDED_RESIDUAL & set(keys)
+  return None if kept else precision.dtype
+
+
+def check_rounding(
+  params: Mapping[str, Any], precision: str | Precision
+) -> None:
+  """Raises ValueError if parameters were rounded to more than a policy does.
+
+  Args:
+    params: nested dictionary of arrays.
+    precision: the policy they are to run under, or its name.
+  """
+  precision = get_precision(precision)
+  for path, x in flax.traverse_util.flatten_dict(params).items():
+    dtype = _dtype_under(precision, path)
+    if dtype is not None and x.dtype.itemsize < np.dtype(dtype).itemsize:
+      raise ValueError(
+        f"the parameters ({'/'.join(path)} and maybe others) are rounded to "
+        f"{x.dtype}, but are to run under the precision {precision.name!r}, "
+        f"which has {np.dtype(dtype)} there; run them under the precision that "
+        "they were loaded with, or load them without one"
+      )
+
+
 def cast_params(params: dict, precision: str | Precision) -> dict:
   """Casts parameters to the types that a policy multiplies and adds in.
 
@@ -199,15 +232,8 @@ def cast_params(params: dict, precision: str | Precision) -> dict:
   precision = get_precision(precision)
 
   def cast(path, x):
-    keys = [entry.key for entry in path]
-    linear = keys[-1] in ("kernel", "bias") and not keys[-2].endswith("norm")
-    if not linear or _FLOAT32 & set(keys):
-      return x
-    if _DENSE & set(keys):
-      return x.astype(precision.dense_dtype)
-    summed = keys[-1] == "bias" and keys[-2].endswith(_SUMMED)
-    kept = summed and not _ROUNDED_RESIDUAL & set(keys)
-    return x if kept else x.astype(precision.dtype)
+    dtype = _dtype_under(precision, [entry.key for entry in path])
+    return x if dtype is None else x.astype(dtype)
 
   return jax.tree_util.tree_map_with_path(cast, params)
 
@@ -313,8 +339,12 @@ def prepare_params(params: dict, precision: str | Precision) -> dict:
   Returns:
     A nested dictionary that runs under this policy; NumPy arrays stay on the
     host.
+
+  Raises:
+    ValueError: if they were rounded to more than the policy does.
   """
   precision = get_precision(precision)
+  check_rounding(params, precision)
   if precision.dtype != jnp.float32:
     params = join_products(fold_norms(params))
   return cast_params(params, precision)

@@ -171,8 +171,8 @@ class Stream:
       **options: fields of `StepOptions`.
 
     Raises:
-      ValueError: for sizes that do not suit, parameters of another model, or
-        unknown options.
+      ValueError: for sizes that do not suit, parameters of another model or
+        rounded to more than the precision does, or unknown options.
     """
     check_params(config, params)
     self.config = config

@@ -20,7 +20,7 @@ from point3r_jax.memory import BLOCK, PointerMemory, check_mask, fuse, reset
 from point3r_jax.models.attention import IMPLEMENTATIONS
 from point3r_jax.models.compute import REMAT, Compute
 from point3r_jax.models.point3r import HEADS, Context, FrameOutput, Point3R
-from point3r_jax.params import check_params
+from point3r_jax.params import check_params, check_rounding
 from point3r_jax.precision import Precision, get_precision
 
 # Sixths of a memory's rows, if there are at least so many, on which decoders
@@ -282,6 +282,7 @@ def step_fn(
 ) -> tuple[PointerMemory, Prediction]:
   """`step` before jit: to be traced inside a larger program."""
   check_params(config, params)
+  check_rounding(params, options.precision)
   tokens = encode_fn(config, options, params, images)
   grid = config.grid(images.shape[1:3])
   return interact_fn(config, options, params, memory, tokens, grid, unread)
@@ -397,7 +398,8 @@ def step(
 
   Raises:
     ValueError: for images that do not suit the memory or are not finite,
-      parameters of another model, or unknown options.
+      parameters of another model or rounded to more than the precision does,
+      or unknown options.
   """
   images = take_images(images)
   _check_images(memory, config, images, "BHWC")
@@ -431,7 +433,8 @@ def scan(
 
   Raises:
     ValueError: for images that do not suit the memory or are not finite,
-      parameters of another model, or unknown options.
+      parameters of another model or rounded to more than the precision does,
+      or unknown options.
   """
   images = take_images(images)
   _check_images(memory, config, images, "TBHWC")

@@ -13,6 +13,7 @@ import point3r_jax as p3r
 from point3r_jax.params import (
   cast_params,
   check_params,
+  check_rounding,
   flat_shapes,
   fold_norms,
   join_params,
@@ -162,6 +163,21 @@ def test_prepared_parameters_stay_as_they_are(host):
   chex.assert_trees_all_equal(again, prepared)
   chex.assert_trees_all_equal_dtypes(again, prepared)
   chex.assert_trees_all_equal(prepare_params(params, "float32"), params)
+
+
+@pytest.mark.parametrize(
+  ("rounded", "run"),
+  [("bfloat16", "float32"), ("bfloat16", "tf32"), ("bfloat16", "mixed")],
+)
+def test_what_was_rounded_to_more_is_refused(rounded, run):
+  params = prepare_params(micro.params(), rounded)
+  with pytest.raises(ValueError, match=rf"rounded to bfloat16.* {run!r}"):
+    prepare_params(params, run)
+
+
+@pytest.mark.parametrize("rounded", ["float32", "mixed", "bfloat16"])
+def test_what_was_rounded_to_less_is_not(rounded):
+  check_rounding(prepare_params(micro.params(), rounded), "bfloat16")
 
 
 def test_parameters_are_prepared_after_they_were_cast_too():

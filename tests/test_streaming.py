@@ -200,6 +200,12 @@ def test_bfloat16_is_close_and_the_same_with_cast_params():
   assert 1e-6 < error / size < 0.1
 
 
+def test_rounded_parameters_do_not_run_in_float32():
+  params = cast_params(micro.scanned_params(), "bfloat16")
+  with pytest.raises(ValueError, match="are rounded to bfloat16"):
+    run(micro.images(FRAMES, 1), params=params, precision="float32")
+
+
 @pytest.mark.slow
 def test_prepared_parameters_are_the_same_function(monkeypatch):
   images = micro.images(FRAMES, 1)
