@@ -24,9 +24,8 @@ from jax import lax
 # flight.
 ROWS = 64
 _STAGES = 2
-# What shared memory and registers hold of a head, and in the backward pass, in
-# which they are the sums of a warpgroup's keys and values.
-MOST_CHANNELS = 128
+# What registers hold of a head in the backward pass: the sums of a warpgroup's
+# keys and values.
 MOST_CHANNELS_BACKWARD = 64
 # Of the largest Hopper GPUs, if the device is none.
 _MULTIPROCESSORS = 132
@@ -90,10 +89,21 @@ def quickest(forms: Iterable[_AnyForm], heads: int, tokens: int) -> _AnyForm:
   return min(forms, key=time)
 
 
-def _choose(heads: int, queries: int, channels: int, most: int) -> _Form:
-  """Returns the quickest form of those that hold so many channels, if any."""
-  forms = [form for form in _FORMS if channels <= min(form.channels, most)]
+def check_backward(channels: int) -> None:
+  """Raises ValueError for heads too wide for the backward pass."""
+  if channels > MOST_CHANNELS_BACKWARD:
+    raise ValueError(
+      f"heads have {channels} channels, but the backward pass of this kernel "
+      f"takes {MOST_CHANNELS_BACKWARD} at most; ask for another implementation "
+      "of attention"
+    )
+
+
+def _choose(heads: int, queries: int, channels: int) -> _Form:
+  """Returns the quickest form of those that hold so many channels."""
+  forms = [form for form in _FORMS if channels <= form.channels]
   if not forms:
+    most = max(form.channels for form in _FORMS)
     raise ValueError(
       f"heads have {channels} channels, but this kernel takes {most} at most; "
       "ask for another implementation of attention"
@@ -123,7 +133,7 @@ def _divide_up(x: jax.Array, by: int) -> jax.Array:
 
 def slot(number: jax.Array, places: int) -> jax.Array:
   """Returns which of places that are taken in turn is that of a number."""
-  return _divide(number, places)[1]
+  return lax.rem(number, jnp.int32(places))
 
 
 def _attention_kernel(
@@ -364,8 +374,9 @@ def hopper_attention(
   """
   batch, num_queries, heads, channels = query.shape
   dtype = query.dtype
-  most = MOST_CHANNELS_BACKWARD if keep_log_sum else MOST_CHANNELS
-  form = _choose(batch * heads, num_queries, channels, most)
+  if keep_log_sum:
+    check_backward(channels)
+  form = _choose(batch * heads, num_queries, channels)
   computing = form.computing
   tasks = batch * heads * form.tasks(num_queries)
   # With a backward pass to come, kernels follow one another. Beside others, as

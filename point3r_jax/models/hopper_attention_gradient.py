@@ -22,11 +22,11 @@ from jax import lax
 
 from point3r_jax.models.hopper_attention import (
   COMPILER,
-  MOST_CHANNELS_BACKWARD,
   ROWS,
   TILE,
   barriers,
   bind,
+  check_backward,
   quickest,
   shared_tiles,
   slot,
@@ -287,12 +287,7 @@ def hopper_attention_gradient(
   """
   batch, _, heads, channels = query.shape
   num_keys = key.shape[1]
-  if channels > MOST_CHANNELS_BACKWARD:
-    raise ValueError(
-      f"heads have {channels} channels, but the backward pass of this kernel "
-      f"takes {MOST_CHANNELS_BACKWARD} at most; ask for another implementation "
-      "of attention"
-    )
+  check_backward(channels)
   dtype = query.dtype
   form = quickest(FORMS, batch * heads, num_keys)
   blocks = form.tasks(num_keys)

@@ -192,7 +192,7 @@ def test_a_hopper_block_has_the_registers_that_it_asks_for(form):
 def test_hopper_blocks_that_take_the_least_time(
   heads, queries, channels, computing
 ):
-  form = hopper_attention._choose(heads, queries, channels, 128)
+  form = hopper_attention._choose(heads, queries, channels)
   assert form.computing == computing
 
 
@@ -229,11 +229,10 @@ def test_hopper_blocks_of_keys_that_take_the_least_time(
 
 
 def test_hopper_blocks_have_limits_that_are_said():
-  most = attention_module._MOST_HOPPER_CHANNELS
-  assert most == hopper_attention.MOST_CHANNELS == 128
-  assert most == max(form.channels for form in hopper_attention._FORMS)
+  most = max(form.channels for form in hopper_attention._FORMS)
+  assert attention_module._MOST_HOPPER_CHANNELS == most == 128
   with pytest.raises(ValueError, match=r"144 channels, .* takes 128 at most"):
-    hopper_attention._choose(16, 768, 144, most)
+    hopper_attention._choose(16, 768, 144)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -242,8 +241,9 @@ def test_shared_memory_holds_a_hopper_block(monkeypatch, form, training):
   """With the widest heads, and in training what the next task needs, too."""
   monkeypatch.setattr(hopper_attention, "_FORMS", (form,))
   monkeypatch.setattr(hopper_attention, "_multiprocessors", lambda: 1)
-  most = hopper_attention.MOST_CHANNELS_BACKWARD if training else form.channels
-  channels = min(form.channels, most)
+  channels = form.channels
+  if training:
+    channels = min(channels, hopper_attention.MOST_CHANNELS_BACKWARD)
   operand = jax.ShapeDtypeStruct((1, 8, 2, channels), jnp.bfloat16)
   length = jax.ShapeDtypeStruct((1,), jnp.int32)
   kernel = functools.partial(
