@@ -16,8 +16,11 @@ import point3r_jax as p3r
 from point3r_jax import stream_programs, streaming
 from point3r_jax.kernels_ahead import compile_kernels, find_kernels
 from point3r_jax.models import hopper_attention_gradient, linear, norms
+from point3r_jax.models import parts as parts_module
 from point3r_jax.models.attention import attention
 from point3r_jax.models.hopper_attention import quickest
+from point3r_jax.models.parts import Part, take_apart
+from point3r_jax.models.rotary import rotary_2d, rotary_3d
 from point3r_jax.params import prepare_params
 from point3r_jax.training.hlo import Program, type_shape
 from tests import goldens
@@ -225,6 +228,48 @@ def test_gelus_by_rows_equal_xla(monkeypatch, shape):
   assert linear.suit_rows(shape, jnp.bfloat16)
   found = run()
   monkeypatch.setattr(linear, "suit_rows", lambda *_: False)
+  for one, other in zip(found, run(), strict=True):
+    one, other = np.float32(one), np.float32(other)
+    error = np.abs(one - other).max()
+    assert error < 0.01 * np.abs(other).max()
+
+
+@pytest.mark.parametrize(
+  ("batch", "grid", "heads"), [(80, (10, 20), (16,)), (3, (7, 8), (12, 16))]
+)
+def test_products_taken_apart_equal_xla(monkeypatch, batch, grid, heads):
+  tokens, keys = grid[0] * grid[1], jax.random.split(jax.random.key(0), 8)
+  width = 1024 if len(heads) == 1 else 768
+  position = jax.random.normal(keys[0], (batch, tokens, 3))
+  parts = []
+  for number in heads:
+    channels = width // number
+    table = rotary_3d(position, channels, (100.0, 10.0))
+    if len(heads) == 1:
+      table = rotary_2d(grid, channels)
+    rotated = Part(number, table)
+    parts += [rotated, rotated, Part(number, value=True)]
+  y = jax.random.normal(keys[1], (batch, tokens, len(parts) * width))
+  y, bias = y.astype(jnp.bfloat16), jnp.ones(y.shape[-1:], jnp.bfloat16)
+  gradients = [
+    jax.random.normal(
+      key, (batch, tokens, part.heads, width // part.heads), y.dtype
+    )
+    for key, part in zip(keys[2:], parts, strict=False)
+  ]
+
+  def run():
+    def both(y, bias, gradients):
+      taken, pullback = jax.vjp(
+        lambda y, bias: take_apart(y, bias, y.dtype, parts=parts), y, bias
+      )
+      return taken, pullback(gradients)
+
+    return jax.tree.leaves(jax.jit(both)(y, bias, gradients))
+
+  assert parts_module.suit_rows(y.shape, y.dtype)
+  found = run()
+  monkeypatch.setattr(parts_module, "suit_rows", lambda *_: False)
   for one, other in zip(found, run(), strict=True):
     one, other = np.float32(one), np.float32(other)
     error = np.abs(one - other).max()

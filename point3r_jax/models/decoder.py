@@ -5,11 +5,15 @@ from __future__ import annotations
 import flax.linen as nn
 import flax.struct
 import jax
-import jax.numpy as jnp
 
 from point3r_jax.config import ModelConfig
 from point3r_jax.models.compute import Compute
-from point3r_jax.models.layers import DecoderBlock, inner_linear
+from point3r_jax.models.layers import (
+  DecoderBlock,
+  attending,
+  key_value,
+  query_key_value,
+)
 from point3r_jax.models.norms import layer_norm, normalize
 from point3r_jax.models.rotary import (
   RotaryTable,
@@ -17,10 +21,6 @@ from point3r_jax.models.rotary import (
   rotary_3d,
   surround_by_identity,
 )
-
-# Linear maps of a stream: queries, keys and values of its own, keys and values
-# for the other.
-_OWN, _PRODUCTS = 3, 5
 
 
 @flax.struct.dataclass
@@ -110,22 +110,29 @@ class DecoderLayer(nn.Module):
       config.pointer_heads, ratio, self.compute, name="pointer_block"
     )
 
-    def products(x, name):
+    def take(x, name, own, other):
       """What each block reads of x, if `params` made it one map, and x."""
       if not self.has_variable("params", name):
         return None, None, x
-      width = x.shape[-1]
-      linear = inner_linear(self.compute, _PRODUCTS * width, name)
       normed, x = normalize(self.compute, x)
-      y = linear(normed)
-      if self.compute.forward_only:  # Values are read where they are.
-        return y, y, x
-      # Gradients of parts are joined; those of two that read it all are added.
-      return *jnp.split(y, [_OWN * width], axis=-1), x
+      taken = attending(self.compute, normed, own + other, name)
+      return taken[: len(own)], taken[len(own) :], x
 
-    image_own, image_other, image = products(image, "image_products")
-    pointers_own, pointers_other, pointers = products(
-      pointers, "pointer_products"
+    image_own, image_other, image = take(
+      image,
+      "image_products",
+      query_key_value(
+        config.decoder_heads, image_rotary and image_rotary.image
+      ),
+      key_value(config.pointer_heads, pointer_rotary and pointer_rotary.image),
+    )
+    pointers_own, pointers_other, pointers = take(
+      pointers,
+      "pointer_products",
+      query_key_value(
+        config.pointer_heads, pointer_rotary and pointer_rotary.pointers
+      ),
+      key_value(config.decoder_heads, image_rotary and image_rotary.pointers),
     )
     next_image = image_block(
       image,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from point3r_jax.models.compute import Compute
-from point3r_jax.models.linear import Linear
+from point3r_jax.models.linear import Linear, add_bias_gelu
 from point3r_jax.models.norms import layer_norm, normalize
 from point3r_jax.models.parameter import parameter
-from point3r_jax.models.rotary import RotaryTable, apply_rotary
+from point3r_jax.models.parts import Part, take_apart
+from point3r_jax.models.rotary import RotaryTable
 
 
 def _norm(
@@ -65,16 +69,10 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps x (…, in) to (…, features)."""
-    x = Linear(
-      self.hidden,
-      self.dtype,
-      self.precision,
-      sums=self.sums,
-      gelu=not self.exact,
-      name="hidden",
-    )(x)
-    if self.exact:
-      x = gelu(x)
+    hidden = Linear(
+      self.hidden, self.dtype, self.precision, sums=self.sums, name="hidden"
+    )
+    x = gelu(hidden(x)) if self.exact else hidden(x, add_bias_gelu)
     return Linear(
       self.features,
       self.dtype,
@@ -85,9 +83,24 @@ class Mlp(nn.Module):
     )(x)
 
 
-def inner_linear(compute: Compute, features: int, name: str) -> Linear:
-  """Returns a linear map whose result stays within a block."""
-  return Linear(features, compute.dtype, sums=compute.inner_sums, name=name)
+def attending(
+  compute: Compute, x: jax.Array, parts: Sequence[Part], name: str
+) -> list[jax.Array]:
+  """Computes what attends of x (B, N, D), by linear maps of D each.
+
+  Returns:
+    See `parts.take_apart`; values stay if no backward pass is to come.
+  """
+  linear = Linear(
+    len(parts) * x.shape[-1],
+    compute.dtype,
+    sums=compute.inner_sums,
+    name=name,
+  )
+  values_stay = compute.forward_only
+  return linear(
+    x, functools.partial(take_apart, parts=parts, values_stay=values_stay)
+  )
 
 
 def _projection(compute: Compute, width: int, result: jnp.dtype) -> Linear:
@@ -115,29 +128,14 @@ def _mlp(compute: Compute, ratio: int, residual: jax.Array) -> Mlp:
   )
 
 
-def _take_parts(
-  x: jax.Array, parts: range, width: int, heads: int, compute: Compute
-) -> tuple[list[jax.Array], int]:
-  """Takes parts of what several linear maps of a stream give.
+def query_key_value(heads: int, rotary: RotaryTable | None) -> list[Part]:
+  """Returns the linear maps of what attends within itself."""
+  return [Part(heads, rotary), *key_value(heads, rotary)]
 
-  Args:
-    x: (B, N, P·D), the P maps one after the other.
-    parts: which to take, values last.
-    width: D.
-    heads: of each.
-    compute: whether a backward pass is to come.
 
-  Returns:
-    An array (B, N, heads, d) for each, and the first head of the values in the
-    last. Without a backward pass they stay where they are, so that the last is
-    (B, N, P·heads, d).
-  """
-  x = x.reshape(*x.shape[:2], -1, heads, width // heads)
-  arrays = jnp.unstack(x, axis=2)[parts.start : parts.stop]
-  if not compute.forward_only:
-    return list(arrays), 0
-  everything = x.reshape(*x.shape[:2], -1, x.shape[-1])
-  return [*arrays[:-1], everything], parts[-1] * heads
+def key_value(heads: int, rotary: RotaryTable | None) -> list[Part]:
+  """Returns the linear maps of what is attended to."""
+  return [Part(heads, rotary), Part(heads, value=True)]
 
 
 class SelfAttention(nn.Module):
@@ -161,7 +159,7 @@ class SelfAttention(nn.Module):
     x: jax.Array,
     rotary: RotaryTable | None = None,
     length: jax.Array | None = None,
-    products: jax.Array | None = None,
+    taken: Sequence[jax.Array] | None = None,
   ) -> jax.Array:
     """Attends within x.
 
@@ -169,23 +167,24 @@ class SelfAttention(nn.Module):
       x: (B, N, D).
       rotary: table of the N positions, or None.
       length: (B,) valid prefix of x, or None for all.
-      products: linear maps of x (B, N, P·D), of which queries, keys and values
-        are the first three; None: they are computed here.
+      taken: queries, keys and values, see `attending`, if they are parts of
+        more than these the first three; None: they are computed here.
 
     Returns:
       (B, N, D).
     """
-    width, compute = x.shape[-1], self.compute
-    if products is None:
-      products = inner_linear(compute, 3 * width, "qkv")(x)
-    (query, key, value), value_head = _take_parts(
-      products, range(3), width, self.heads, compute
-    )
-    query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
+    compute = self.compute
+    if taken is None:
+      parts = query_key_value(self.heads, rotary)
+      taken = attending(compute, x, parts, "qkv")
+    query, key, value = taken
+    # Where they are if they are all of the product.
+    value_head = min(2 * self.heads, value.shape[2] - self.heads)
     if self.alike:
       key, value = key[:, :1], value[:, :1]
     y = compute.attend(query, key, value, length, length, value_head)
-    return _projection(compute, width, self.result)(y.reshape(x.shape))
+    projection = _projection(compute, x.shape[-1], self.result)
+    return projection(y.reshape(x.shape))
 
 
 class CrossAttention(nn.Module):
@@ -210,7 +209,7 @@ class CrossAttention(nn.Module):
     context_rotary: RotaryTable | None = None,
     length: jax.Array | None = None,
     context_length: jax.Array | None = None,
-    products: jax.Array | None = None,
+    taken: Sequence[jax.Array] | None = None,
   ) -> jax.Array:
     """Attends from x to the context.
 
@@ -221,33 +220,29 @@ class CrossAttention(nn.Module):
       context_rotary: table of the keys' positions, or None.
       length: (B,) valid prefix of x, or None for all.
       context_length: (B,) valid prefix of the context, or None for all.
-      products: linear maps of the context (B, M, P·D), of which keys and values
-        are the last two; None: they are computed here.
+      taken: keys and values, see `attending`, if they are parts of more than
+        these the last two; None: they are computed here.
 
     Returns:
       (B, N, D).
     """
-    width, compute = x.shape[-1], self.compute
-
-    def project(tokens, name):
-      y = inner_linear(compute, width, name)(tokens)
-      return y.reshape(*y.shape[:2], self.heads, width // self.heads)
-
-    query = project(x, "query")
-    if products is None and self.has_variable("params", "key_value"):
-      products = inner_linear(compute, 2 * width, "key_value")(context)
-    if products is None:
-      key, value = (project(context, name) for name in ("key", "value"))
-      value_head = 0
-    else:
-      parts = products.shape[-1] // width
-      (key, value), value_head = _take_parts(
-        products, range(parts - 2, parts), width, self.heads, compute
-      )
-    query = apply_rotary(query, rotary)
-    key = apply_rotary(key, context_rotary)
+    compute, heads = self.compute, self.heads
+    (query,) = attending(compute, x, [Part(heads, rotary)], "query")
+    if taken is None:
+      of_key, of_value = parts = key_value(heads, context_rotary)
+      if self.has_variable("params", "key_value"):
+        taken = attending(compute, context, parts, "key_value")
+      else:
+        taken = (
+          *attending(compute, context, [of_key], "key"),
+          *attending(compute, context, [of_value], "value"),
+        )
+    key, value = taken
+    # Where they are if they are all of the product.
+    value_head = value.shape[2] - heads
     y = compute.attend(query, key, value, length, context_length, value_head)
-    return _projection(compute, width, self.result)(y.reshape(x.shape))
+    projection = _projection(compute, x.shape[-1], self.result)
+    return projection(y.reshape(x.shape))
 
 
 class EncoderBlock(nn.Module):
@@ -306,8 +301,8 @@ class DecoderBlock(nn.Module):
     context_rotary: RotaryTable | None = None,
     length: jax.Array | None = None,
     context_length: jax.Array | None = None,
-    products: jax.Array | None = None,
-    context_products: jax.Array | None = None,
+    taken: Sequence[jax.Array] | None = None,
+    context_taken: Sequence[jax.Array] | None = None,
   ) -> jax.Array:
     """Updates x by itself and the context.
 
@@ -318,8 +313,8 @@ class DecoderBlock(nn.Module):
       context_rotary: table of the context's positions, or None.
       length: (B,) valid prefix of x, or None for all.
       context_length: (B,) valid prefix of the context, or None for all.
-      products: see `SelfAttention`.
-      context_products: see `CrossAttention`.
+      taken: see `SelfAttention`.
+      context_taken: see `CrossAttention`.
 
     Returns:
       As x. Rows beyond `length` are finite and without meaning.
@@ -328,10 +323,10 @@ class DecoderBlock(nn.Module):
     within = SelfAttention(*common, self.alike, name="self_attention")
     across = CrossAttention(*common, name="cross_attention")
     normed = x
-    if products is None:
+    if taken is None:
       normed, x = _norm(self, "self_norm", x)
-    x = x + within(normed, rotary, length, products)
-    if context_products is None:
+    x = x + within(normed, rotary, length, taken)
+    if context_taken is None:
       context, _ = _norm(self, "context_norm", context)
     normed, x = _norm(self, "cross_norm", x)
     x = x + across(
@@ -341,7 +336,7 @@ class DecoderBlock(nn.Module):
       context_rotary,
       length,
       context_length,
-      context_products,
+      context_taken,
     )
     normed, x = _norm(self, "mlp_norm", x)
     return x + _mlp(self.compute, self.mlp_ratio, x)(normed)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -114,6 +116,11 @@ def _add_bias_gelu_backward(dtype, saved, gradient):
 add_bias_gelu.defvjp(_add_bias_gelu_forward, _add_bias_gelu_backward)
 
 
+# Makes a linear map's result of a product (…, C), a bias (C,) of the same type
+# and the type that their sum is rounded to.
+Finish = Callable[[jax.Array, jax.Array, jnp.dtype], Any]
+
+
 class Linear(nn.Module):
   """A linear map of the last axis, (…, in) to (…, features).
 
@@ -123,7 +130,6 @@ class Linear(nn.Module):
     precision: of the product; None: as the policy has it for float32.
     result: type of the result; None: as the operands.
     sums: type in which products are summed; None: as the result.
-    gelu: whether to take the GELU, see `add_bias_gelu`.
   """
 
   features: int
@@ -131,11 +137,10 @@ class Linear(nn.Module):
   precision: str | None = None
   result: jnp.dtype | None = None
   sums: jnp.dtype | None = None
-  gelu: bool = False
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps x (…, in) to (…, features)."""
+  def __call__(self, x: jax.Array, finish: Finish | None = None) -> Any:
+    """Maps x (…, in) to (…, features), or to what `finish` makes of that."""
     kernel = parameter(self, "kernel", (x.shape[-1], self.features))
     bias = parameter(self, "bias", (self.features,))
     result = self.result or self.dtype
@@ -145,6 +150,6 @@ class Linear(nn.Module):
       x, kernel, precision=self.precision, preferred_element_type=sums
     )
     bias = bias.astype(result).astype(sums)  # Rounded, as `cast_params` does.
-    if self.gelu:
-      return add_bias_gelu(y, bias, result)
+    if finish is not None:
+      return finish(y, bias, result)
     return add_bias(y, bias).astype(result)

@@ -10,16 +10,24 @@ from jax.sharding import PartitionSpec
 
 
 def divide_batch(kernel: Callable[..., Any]) -> Callable[..., Any]:
-  """Splits the leading axis of all arrays of a kernel over the devices.
+  """Splits the leading axis of a kernel's arrays over the devices.
 
-  Those of a mesh (`jax.set_mesh`), if there is one.
+  Those of a mesh (`jax.set_mesh`), if there is one. All devices have the whole
+  of arrays that hold for every sample: their leading axis is 1, the first
+  array's is not.
   """
   axes = jax.sharding.get_abstract_mesh().auto_axes
   if not axes:
     return kernel
-  return jax.shard_map(
-    kernel,
-    in_specs=PartitionSpec(axes),
-    out_specs=PartitionSpec(axes),
-    check_vma=False,
-  )
+  split = PartitionSpec(axes)
+
+  def divided(*arrays):
+    batch = len(jax.tree.leaves(arrays)[0])
+    specs = jax.tree.map(
+      lambda x: PartitionSpec() if len(x) == 1 != batch else split, arrays
+    )
+    return jax.shard_map(
+      kernel, in_specs=specs, out_specs=split, check_vma=False
+    )(*arrays)
+
+  return divided

@@ -161,3 +161,13 @@ def apply_rotary(x: jax.Array, table: RotaryTable | None) -> jax.Array:
   x32 = x.astype(jnp.float32)
   cos, sin = table.cos[:, :, None], table.sin[:, :, None]
   return (x32 * cos + _rotate_half(x32, table.groups) * sin).astype(x.dtype)
+
+
+def backward_sines(table: RotaryTable) -> jax.Array:
+  """Returns what partners are multiplied by where gradients are rotated back.
+
+  The gradient of `apply_rotary` is that of its result times the cosines, and
+  with the halves of each group swapped times these (B or 1, N, d).
+  """
+  source, sign = _halves_swapped(table.groups)
+  return (table.sin * sign)[..., np.argsort(source)]

@@ -54,7 +54,8 @@ def suit_rows(shape: tuple[int, ...], dtype: jnp.dtype) -> bool:
   )
 
 
-def _compiler_params() -> triton.CompilerParams:
+def compiler_params() -> triton.CompilerParams:
+  """Returns how the kernels are compiled."""
   return triton.CompilerParams(num_warps=4, num_stages=1)
 
 
@@ -141,7 +142,7 @@ def normalize_rows(
       jax.ShapeDtypeStruct(flat.shape, dtype),
       jax.ShapeDtypeStruct((rows,), jnp.float32),
     ),
-    compiler_params=_compiler_params(),
+    compiler_params=compiler_params(),
     name="normalize_rows",
     interpret=interpret,
   )(flat)
@@ -177,7 +178,7 @@ def normalize_rows_gradient(
     in_specs=[block, scales, block, block],
     out_specs=block,
     out_shape=jax.ShapeDtypeStruct(y.shape, residual.dtype),
-    compiler_params=_compiler_params(),
+    compiler_params=compiler_params(),
     name="normalize_rows_gradient",
     interpret=interpret,
   )(y, scale.reshape(-1), gradient, residual)
@@ -238,7 +239,7 @@ def gelu_gradient(
       jax.ShapeDtypeStruct(x.shape, x.dtype),
       jax.ShapeDtypeStruct((blocks, channels), jnp.float32),
     ),
-    compiler_params=_compiler_params(),
+    compiler_params=compiler_params(),
     name="gelu_gradient",
     interpret=interpret,
   )(x, gradient)
