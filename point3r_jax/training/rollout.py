@@ -8,7 +8,9 @@ are given to the camera head, which the memory does not depend on.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from operator import itemgetter
 from typing import Any
 
@@ -92,18 +94,48 @@ def segments(
 
 
 def _write_out(
-  body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, inputs: Any
+  body: Callable[[dict, Any, Any], tuple[Any, Any]],
+  params: Iterable[dict],
+  carry: Any,
+  inputs: Any,
 ) -> tuple[Any, Any]:
   """Does what `jax.lax.scan` does, one turn after the other.
+
+  Each of them has its own parameters.
 
   With `unroll`, too, a scan gives its last carry a gradient, zeros if nothing
   reads it. So the last frame would be made pointers of, and backward as well.
   """
   results = []
-  for turn in range(len(jax.tree.leaves(inputs)[0])):
-    carry, result = body(carry, jax.tree.map(itemgetter(turn), inputs))
+  for turn, own in enumerate(params):
+    carry, result = body(own, carry, jax.tree.map(itemgetter(turn), inputs))
     results.append(result)
   return carry, jax.tree.map(lambda *x: jnp.stack(x), *results)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _hand_out(params: dict, turns: int) -> tuple[dict, ...]:
+  """Gives the same parameters to each of some turns.
+
+  Their gradients are added up from the last turn's on, each to the left of the
+  sum so far: then XLA has the product that makes it add the sum.
+  """
+  return (params,) * turns
+
+
+def _hand_out_forward(params, turns):
+  return _hand_out(params, turns), None
+
+
+def _hand_out_backward(turns, _, gradients):
+  del turns
+  *others, total = gradients
+  for gradient in reversed(others):
+    total = jax.tree.map(jnp.add, gradient, total)
+  return (total,)
+
+
+_hand_out.defvjp(_hand_out_forward, _hand_out_backward)
 
 
 def rollout(
@@ -138,14 +170,20 @@ def rollout(
   if memory is None:
     capacity = options.capacity or frames * num_tokens
     memory = init_memory(config, batch, image_size, capacity)
-    parts = segments(frames, num_tokens, capacity, options.sizes)
+    parts = list(segments(frames, num_tokens, capacity, options.sizes))
   else:
     parts = [(0, frames, memory.capacity)]
 
   index = jnp.arange(frames)
 
+  def looped(start: int, stop: int) -> bool:
+    return stop - start > options.unroll
+
+  turns = sum(1 if looped(*part[:2]) else part[1] - part[0] for part in parts)
+  handed_out = iter(_hand_out(params, turns))
+
   def run(visible: int, looped: bool):
-    def frame(memory, inputs):
+    def frame(params, memory, inputs):
       tokens, index = inputs
       if options.truncate:
         cut = index % options.truncate == 0
@@ -176,11 +214,14 @@ def rollout(
     )
     tokens = tokens.reshape(batch, frames, *tokens.shape[1:]).swapaxes(0, 1)
     for start, stop, visible in parts:
-      looped = stop - start > options.unroll
-      run_all = jax.lax.scan if looped else _write_out
-      memory, result = run_all(
-        run(visible, looped), memory, (tokens[start:stop], index[start:stop])
-      )
+      inputs = tokens[start:stop], index[start:stop]
+      if looped(start, stop):
+        body = functools.partial(run(visible, looped=True), next(handed_out))
+        memory, result = jax.lax.scan(body, memory, inputs)
+      else:
+        own = itertools.islice(handed_out, stop - start)
+        body = run(visible, looped=False)
+        memory, result = _write_out(body, own, memory, inputs)
       results.append(result)
     predictions, maps = jax.tree.map(lambda *x: jnp.concatenate(x), *results)
     if options.step.heads == "world":
