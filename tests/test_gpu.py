@@ -15,7 +15,7 @@ import pytest
 import point3r_jax as p3r
 from point3r_jax import stream_programs, streaming
 from point3r_jax.kernels_ahead import compile_kernels, find_kernels
-from point3r_jax.models import hopper_attention_gradient, linear, norms
+from point3r_jax.models import dpt, hopper_attention_gradient, linear, norms
 from point3r_jax.models import parts as parts_module
 from point3r_jax.models.attention import attention
 from point3r_jax.models.hopper_attention import quickest
@@ -228,6 +228,29 @@ def test_gelus_by_rows_equal_xla(monkeypatch, shape):
   assert linear.suit_rows(shape, jnp.bfloat16)
   found = run()
   monkeypatch.setattr(linear, "suit_rows", lambda *_: False)
+  for one, other in zip(found, run(), strict=True):
+    one, other = np.float32(one), np.float32(other)
+    error = np.abs(one - other).max()
+    assert error < 0.01 * np.abs(other).max()
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 8, 128), (16, 224, 224, 128)])
+def test_maps_read_out_equal_xla(monkeypatch, shape):
+  keys = jax.random.split(jax.random.key(0), 3)
+  x = jax.random.normal(keys[0], shape, jnp.bfloat16)
+  kernel = jax.random.normal(keys[1], (shape[-1], 4))
+  gradient = jax.random.normal(keys[2], (*shape[:-1], 4))
+
+  def run():
+    def both(x, kernel, gradient):
+      result, pullback = jax.vjp(dpt._read_out, x, kernel)
+      return result, *pullback(gradient)
+
+    return jax.jit(both)(x, kernel, gradient)
+
+  assert dpt.suit_rows(shape, jnp.bfloat16, shape[-1])
+  found = run()
+  monkeypatch.setattr(dpt, "suit_rows", lambda *_: False)
   for one, other in zip(found, run(), strict=True):
     one, other = np.float32(one), np.float32(other)
     error = np.abs(one - other).max()

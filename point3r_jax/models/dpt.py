@@ -12,6 +12,12 @@ from point3r_jax.config import ModelConfig
 from point3r_jax.models.compute import Compute
 from point3r_jax.models.linear import Linear, add_bias, sum_products
 from point3r_jax.models.parameter import parameter
+from point3r_jax.models.partition import divide_batch
+from point3r_jax.models.row_kernels import (
+  MAP_CHANNELS,
+  read_out_gradient,
+  suit_rows,
+)
 
 
 @jax.custom_jvp
@@ -76,30 +82,35 @@ def _two_numbers(x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _read_out(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """Multiplies x (…, K) bfloat16 by a kernel (K, n), n small, to float32.
+  """Rectifies x (…, K) bfloat16, times a kernel (K, n), n small, in float32.
 
   Products of float32 would first copy x, and are slow with few columns. So the
   kernel, and for its own gradient that of the result, count to 16 bits.
   """
-  features = kernel.shape[-1]
-  kernel = _two_numbers(kernel)
-  # More columns, of zeros, than needed: kernels for so many are faster.
-  kernel = jnp.pad(kernel, ((0, 0), (0, -2 * features % 16)))
-  y = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
-  return y[..., :features] + y[..., features : 2 * features]
+  return _read_out_forward(x, kernel)[0]
 
 
 def _read_out_forward(x, kernel):
-  return _read_out(x, kernel), (x, kernel)
+  x, features = relu(x), kernel.shape[-1]
+  columns = _two_numbers(kernel)
+  # More of them, zeros, than needed: kernels for so many are faster.
+  columns = jnp.pad(columns, ((0, 0), (0, -2 * features % 16)))
+  y = jnp.matmul(x, columns, preferred_element_type=jnp.float32)
+  y = y[..., :features] + y[..., features : 2 * features]
+  return y, (x, kernel)
 
 
 def _read_out_backward(saved, gradient):
   x, kernel = saved
   channels, features = kernel.shape
-  to_x = sum(gradient[..., i, None] * kernel[:, i] for i in range(features))
+  if suit_rows(x.shape, x.dtype, MAP_CHANNELS):
+    to_x = divide_batch(read_out_gradient)(x, gradient, kernel[None])
+  else:
+    to_x = sum(gradient[..., i, None] * kernel[:, i] for i in range(features))
+    to_x = jnp.where(x != 0, to_x, 0).astype(x.dtype)
   to_kernel = sum_products(x, _two_numbers(gradient))
   to_kernel = to_kernel.reshape(channels, 2, features).sum(axis=1)
-  return to_x.astype(x.dtype), to_kernel.astype(kernel.dtype)
+  return to_x, to_kernel.astype(kernel.dtype)
 
 
 _read_out.defvjp(_read_out_forward, _read_out_backward)
@@ -119,10 +130,9 @@ class Readout(nn.Module):
     """Maps x (…, K) to (…, features) float32."""
     kernel = parameter(self, "kernel", (x.shape[-1], self.features))
     bias = parameter(self, "bias", (self.features,))
-    x = relu(x)
     if x.dtype == jnp.bfloat16:
       return _read_out(x, kernel) + bias
-    x = x.astype(jnp.float32)
+    x = relu(x).astype(jnp.float32)
     return jnp.matmul(x, kernel, precision="highest") + bias
 
 

@@ -149,7 +149,7 @@ def _join_kernel(*references, parts, rows):
   """Joins a block; references of each part's, and the last of `_join_block`."""
   *inputs, joined, sums = references
   width = parts[0].heads * len(parts[0].programs) * parts[0].channels
-  block, program = pl.program_id(0), pl.program_id(1)
+  program, block = pl.program_id(0), pl.program_id(1)
   for number, part in enumerate(parts):
     taken = 1 if part.groups is None else 3
     own, inputs = inputs[:taken], inputs[taken:]
@@ -203,7 +203,8 @@ def join_gradients(
   blocks, channels = pl.cdiv(rows, _BLOCK), len(parts) * width
   joined, sums = pl.pallas_call(
     functools.partial(_join_kernel, parts=tuple(parts), rows=rows),
-    grid=(blocks, programs),
+    # Heads first: what is computed at a time is next to each other in memory.
+    grid=(programs, blocks),
     out_shape=(
       jax.ShapeDtypeStruct((rows, channels), gradients[0].dtype),
       jax.ShapeDtypeStruct((blocks, channels), jnp.float32),

@@ -1,4 +1,4 @@
-"""Kernels over rows of tokens for NVIDIA GPUs: norms and GELUs in training.
+"""Kernels over rows for NVIDIA GPUs in training: norms, GELUs, maps read out.
 
 These are bound by the bytes that they read. XLA reads rows once to sum over
 them and again for what it makes of the sums, and sums of columns are kernels of
@@ -26,6 +26,10 @@ _NORM_ROWS = 4
 _GELU_BLOCK = 64
 _GELU_TILE = (8, 256)
 
+# The most rows of a map's block, and its channels.
+_MAP_ROWS = 64
+MAP_CHANNELS = 128
+
 # The least compute capability that Triton multiplies bfloat16 for.
 _CAPABILITY = 8.0
 
@@ -33,23 +37,25 @@ _CAPABILITY = 8.0
 _A, _B = (2 / math.pi) ** 0.5, 0.044715
 
 
-def suit_rows(shape: tuple[int, ...], dtype: jnp.dtype) -> bool:
+def suit_rows(
+  shape: tuple[int, ...], dtype: jnp.dtype, width: int = _GELU_TILE[1]
+) -> bool:
   """Says whether the default device has these kernels for rows (…, C).
 
   Args:
-    shape: of the rows: multiples of 8, and of 256 channels.
+    shape: of the rows: multiples of 8, and of `width` channels.
     dtype: of what is computed: bfloat16.
+    width: channels that the kernel takes at a time.
   """
   if jax.default_backend() != "gpu" or triton is None:
     return False
   # Only CUDA devices have one that is a number.
   capability = getattr(jax.devices()[0], "compute_capability", "")
-  height, width = _GELU_TILE
   return (
     capability.replace(".", "").isdigit()
     and float(capability) >= _CAPABILITY
     and dtype == jnp.bfloat16
-    and math.prod(shape[:-1]) % height == 0
+    and math.prod(shape[:-1]) % _GELU_TILE[0] == 0
     and shape[-1] % width == 0
   )
 
@@ -196,7 +202,7 @@ def gelu_slope(x: jax.Array) -> jax.Array:
 def _gelu_gradient_kernel(x, gradient, result, sums, *, rows):
   """Multiplies a block by slopes; references (n, c), and of sums (1, c)."""
   height, width = _GELU_TILE
-  left = rows - pl.program_id(0) * _GELU_BLOCK
+  left = rows - pl.program_id(1) * _GELU_BLOCK
 
   def add_tile(tile, total):
     at = pl.ds(tile * height, height), slice(None)
@@ -229,12 +235,13 @@ def gelu_gradient(
   rows, channels = x.shape
   width = _GELU_TILE[1]
   blocks = pl.cdiv(rows, _GELU_BLOCK)
-  block = pl.BlockSpec((_GELU_BLOCK, width), lambda i, j: (i, j))
+  block = pl.BlockSpec((_GELU_BLOCK, width), lambda j, i: (i, j))
   of_x, sums = pl.pallas_call(
     functools.partial(_gelu_gradient_kernel, rows=rows),
-    grid=(blocks, channels // width),
+    # Channels first: what is computed at a time is close together in memory.
+    grid=(channels // width, blocks),
     in_specs=[block, block],
-    out_specs=(block, pl.BlockSpec((1, width), lambda i, j: (i, j))),
+    out_specs=(block, pl.BlockSpec((1, width), lambda j, i: (i, j))),
     out_shape=(
       jax.ShapeDtypeStruct(x.shape, x.dtype),
       jax.ShapeDtypeStruct((blocks, channels), jnp.float32),
@@ -244,3 +251,47 @@ def gelu_gradient(
     interpret=interpret,
   )(x, gradient)
   return of_x.reshape(shape), sums
+
+
+def _read_out_gradient_kernel(x, kernel, gradient, result):
+  """Does so for a block; references (n, c), (features, c), (n, features)."""
+  total = sum(
+    gradient[:, i][:, None] * kernel[i, :][None] for i in range(kernel.shape[0])
+  )
+  result[:, :] = jnp.where(x[:, :] != 0, total, 0).astype(result.dtype)
+
+
+def read_out_gradient(
+  x: jax.Array, gradient: jax.Array, kernel: jax.Array, interpret: bool = False
+) -> jax.Array:
+  """Gradient of what was rectified and multiplied by a few columns.
+
+  Args:
+    x: the rectified rows (…, C); `suit_rows` says which, C in `MAP_CHANNELS`.
+    gradient: (…, features) float32 of the product, features a power of two.
+    kernel: (1, C, features) float32, the columns.
+    interpret: whether to run without a GPU.
+
+  Returns:
+    (…, C) in the type of x, zero where x is.
+  """
+  shape, features = x.shape, kernel.shape[-1]
+  x, gradient = _flatten(x, gradient)
+  rows, channels = x.shape
+  block = math.gcd(rows, _MAP_ROWS)
+  tile = pl.BlockSpec((block, MAP_CHANNELS), lambda j, i: (i, j))
+  of_x = pl.pallas_call(
+    _read_out_gradient_kernel,
+    grid=(channels // MAP_CHANNELS, rows // block),
+    in_specs=[
+      tile,
+      pl.BlockSpec((features, MAP_CHANNELS), lambda j, i: (0, j)),
+      pl.BlockSpec((block, features), lambda j, i: (i, 0)),
+    ],
+    out_specs=tile,
+    out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+    compiler_params=compiler_params(),
+    name="read_out_gradient",
+    interpret=interpret,
+  )(x, kernel[0].T, gradient)
+  return of_x.reshape(shape)

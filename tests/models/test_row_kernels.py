@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from point3r_jax.models import linear, norms, row_kernels
+from point3r_jax.models import dpt, linear, norms, row_kernels
 from point3r_jax.models.linear import add_bias_gelu
 
 CHANNELS = 768  # Two parts, as it is no power of two.
@@ -16,10 +16,11 @@ CHANNELS = 768  # Two parts, as it is no power of two.
 
 @pytest.fixture
 def interpreted(monkeypatch):
-  """Lets norms and GELUs take the kernels, on a CPU."""
+  """Lets norms, GELUs and maps take the kernels, on a CPU."""
   for module, names in (
     (norms, ("normalize_rows", "normalize_rows_gradient")),
     (linear, ("gelu_gradient",)),
+    (dpt, ("read_out_gradient",)),
   ):
     for name in names:
       kernel = functools.partial(getattr(row_kernels, name), interpret=True)
@@ -71,6 +72,20 @@ def test_gelus_by_rows(request, rows):
   assert_close(run(), expected, atol=0.05)
 
 
+@pytest.mark.parametrize("shape", [(2, 8, 9, 128), (1, 4, 2, 256)])
+def test_maps_read_out_by_rows(request, shape):
+  x, kernel = draw(0, shape), draw(1, (shape[-1], 4), jnp.float32)
+  gradient = draw(2, (*shape[:-1], 4), jnp.float32)
+
+  def run():
+    result, pullback = jax.vjp(dpt._read_out, x, kernel)
+    return result, pullback(gradient)
+
+  expected = run()
+  request.getfixturevalue("interpreted")
+  assert_close(run(), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(
   ("shape", "dtype", "suits"),
   [
@@ -86,6 +101,7 @@ def test_rows_that_suit(monkeypatch, shape, dtype, suits):
   device = type("Device", (), {"compute_capability": "9.0"})
   monkeypatch.setattr(jax, "devices", lambda: [device])
   assert row_kernels.suit_rows(shape, dtype) == suits
+  assert row_kernels.suit_rows((8, 128), jnp.bfloat16, 128)
   for other in ("7.5", "gfx942"):
     device.compute_capability = other
     assert not row_kernels.suit_rows(shape, dtype)
