@@ -41,8 +41,8 @@ def take_apart(
 ) -> list[jax.Array]:
   """Finishes a product of P parts, see `linear.Finish`.
 
-  In 16 bits the tables get no gradient, and there is no forward-mode
-  derivative.
+  On GPUs that have the kernel for its gradient (`suit_rows`), tables get none.
+  In 16 bits there is no forward-mode derivative.
 
   Args:
     y: (B, N, P·D), the parts one after the other.

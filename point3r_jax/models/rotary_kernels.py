@@ -41,10 +41,12 @@ class _Form(NamedTuple):
 
 
 def _lanes(size: int) -> jax.Array:
+  """Counts to `size`, and on to a power of two."""
   return jax.lax.iota(jnp.int32, pl.next_power_of_2(size))
 
 
 def _unrotated(channels: int) -> _Form:
+  """For values, and where there is no table."""
   lanes = _lanes(channels)
   return _Form((lanes,), lanes < channels, lambda x: (x(lanes),))
 
@@ -192,9 +194,9 @@ def join_gradients(
       angles = table.cos, backward_sines(table)
       operands += [x.reshape(-1, channels) for x in angles]
     # A power of two, as Triton wants.
-    at_once = max(
-      n for n in (1, 2, 4, 8) if heads % n == 0 and n * channels <= _CHANNELS
-    )
+    at_once = 1
+    while heads % (2 * at_once) == 0 and 2 * at_once * channels <= _CHANNELS:
+      at_once *= 2
     stop = programs + heads // at_once
     groups = None if table is None else table.groups
     parts.append(_Part(range(programs, stop), at_once, channels, groups))
