@@ -114,28 +114,36 @@ def _write_out(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _hand_out(params: dict, turns: int) -> tuple[dict, ...]:
-  """Gives the same parameters to each of some turns.
+def _copies(x: jax.Array, number: int) -> tuple[jax.Array, ...]:
+  """Returns an array several times, whose gradients are added up in one order.
 
-  Their gradients are added up from the last turn's on, each to the left of the
-  sum so far: then XLA has the product that makes it add the sum.
+  From the last one's on, each to the left of the sum so far: then XLA has the
+  product that makes it add the sum.
   """
-  return (params,) * turns
+  return (x,) * number
 
 
-def _hand_out_forward(params, turns):
-  return _hand_out(params, turns), None
+def _copies_forward(x, number):
+  return _copies(x, number), None
 
 
-def _hand_out_backward(turns, _, gradients):
-  del turns
+def _copies_backward(number, _, gradients):
+  del number
   *others, total = gradients
   for gradient in reversed(others):
-    total = jax.tree.map(jnp.add, gradient, total)
+    total = gradient + total
   return (total,)
 
 
-_hand_out.defvjp(_hand_out_forward, _hand_out_backward)
+_copies.defvjp(_copies_forward, _copies_backward)
+
+
+def _hand_out(params: dict, turns: int) -> Iterator[dict]:
+  """Yields the same parameters for each of some turns, see `_copies`."""
+  # Leaf by leaf, so that those without a gradient, frozen ones, stay so.
+  leaves, tree = jax.tree.flatten(params)
+  for own in zip(*(_copies(x, turns) for x in leaves), strict=True):
+    yield tree.unflatten(own)
 
 
 def rollout(
@@ -180,7 +188,7 @@ def rollout(
     return stop - start > options.unroll
 
   turns = sum(1 if looped(*part[:2]) else part[1] - part[0] for part in parts)
-  handed_out = iter(_hand_out(params, turns))
+  handed_out = _hand_out(params, turns)
 
   def run(visible: int, looped: bool):
     def frame(params, memory, inputs):

@@ -10,6 +10,7 @@ import pytest
 
 from point3r_jax.models import dpt, linear, norms, row_kernels
 from point3r_jax.models.linear import add_bias_gelu
+from point3r_jax.training.sharding import make_mesh
 
 CHANNELS = 768  # Two parts, as it is no power of two.
 
@@ -84,6 +85,31 @@ def test_maps_read_out_by_rows(request, shape):
   expected = run()
   request.getfixturevalue("interpreted")
   assert_close(run(), expected, atol=1e-5)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_devices_of_a_mesh_share_the_maps(monkeypatch):
+  """But each of them has the whole kernel."""
+  shapes = []
+
+  def kernel(x, gradient, kernel):
+    shapes.append([y.shape for y in (x, gradient, kernel)])
+    return row_kernels.read_out_gradient(x, gradient, kernel, interpret=True)
+
+  monkeypatch.setattr(dpt, "read_out_gradient", kernel)
+  x, columns = draw(0, (8, 4, 4, 128)), draw(1, (128, 4), jnp.float32)
+
+  @jax.jit
+  def gradient(x, columns):
+    return jax.grad(lambda x: jnp.sum(dpt._read_out(x, columns) ** 2))(x)
+
+  expected = gradient(x, columns)
+  with jax.set_mesh(make_mesh(2, 4)):
+    found = gradient(x, columns)
+  assert shapes == [
+    [(batch, 4, 4, 128), (batch, 4, 4, 4), (1, 128, 4)] for batch in (8, 1)
+  ]
+  assert_close(found, expected, atol=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -91,8 +91,15 @@ def test_gradients_are_those_without_the_kernel(request, name):
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("name", ["image", "alike"])
-def test_devices_of_a_mesh_share_the_samples(name):
+def test_devices_of_a_mesh_share_the_samples(monkeypatch, name):
   """But each of them has a table that holds for all samples."""
+  batches = []
+
+  def kernel(gradients, tables):
+    batches.append({len(x) for x in (*gradients, *jax.tree.leaves(tables))})
+    return join_gradients(gradients, tables, interpret=True)
+
+  monkeypatch.setattr(parts_module, "join_gradients", kernel)
   _, height, width, parts = CASES[name]
   if name == "alike":
     parts = query_key_value(2, *tables(8, height, 48))
@@ -113,6 +120,7 @@ def test_devices_of_a_mesh_share_the_samples(name):
   expected = gradients(y, bias)
   with jax.set_mesh(make_mesh(2, 4)):
     found = gradients(y, bias)
+  assert batches == [{8, len(parts[0].rotary.cos)}, {1}]
   chex.assert_trees_all_equal(found[0], expected[0])
   chex.assert_trees_all_close(
     *(np.float32(x[1]) for x in (found, expected)), rtol=2**-7, atol=0.05

@@ -1,6 +1,7 @@
 """The rollout: the same function as a scan, differentiated as published."""
 
 import dataclasses
+import itertools
 import json
 
 import chex
@@ -22,6 +23,7 @@ from point3r_jax.params import (
   unstack_layers,
 )
 from point3r_jax.streaming import StepOptions
+from point3r_jax.training import rollout as rollout_module
 from point3r_jax.training.flops import count_flops
 from point3r_jax.training.optimizer import split_frozen
 from point3r_jax.training.rollout import RolloutOptions, rollout, segments
@@ -98,6 +100,25 @@ def mean_square(predictions) -> jax.Array:
   """A loss that is a sum over frames of what each of them predicts."""
   points = predictions.points_world, predictions.points_camera
   return sum(jnp.sum(jnp.square(x)) / x[0].size for x in points)
+
+
+def test_gradients_of_frames_are_added_to_the_left_of_their_sum():
+  """As XLA wants it where they are products; frozen parameters have none."""
+  frames = 4
+
+  def total(trained, frozen):
+    handed_out = rollout_module._hand_out({"a": trained, "b": frozen}, frames)
+    return sum(jnp.sum(jnp.sin(own["a"]) * own["b"]) for own in handed_out)
+
+  numbers = jnp.arange(3.0)
+  jaxpr = jax.make_jaxpr(jax.grad(total))(numbers, numbers).jaxpr
+  sums = [x for x in jaxpr.eqns if x.primitive.name in ("add", "add_any")]
+  sums = [x for x in sums if x.outvars[0].aval.shape == (3,)]
+  assert len(sums) == frames - 1
+  for before, after in itertools.pairwise(sums):
+    assert after.invars[1] is before.outvars[0]
+  gradient = jax.grad(total)(numbers, numbers)
+  np.testing.assert_allclose(gradient, frames * jnp.cos(numbers) * numbers)
 
 
 def test_last_frame_makes_no_pointers():
