@@ -127,6 +127,7 @@ def test_devices_of_a_mesh_share_the_samples(monkeypatch, name):
   )
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_values_can_stay_where_they_are():
   batch, height, width, parts = CASES["alike"]
   y = draw(0, (batch, 4 * height, 3 * width))
