@@ -54,7 +54,8 @@ class Mlp(nn.Module):
     dtype: type of the products' operands.
     precision: see `Linear`.
     result: see `Linear`.
-    exact: whether the GELU is, or in its form with tanh, see `Linear`.
+    exact: whether the GELU is, or in its form with tanh, see
+      `linear.add_bias_gelu`.
     sums: see `Linear`.
   """
 
@@ -86,10 +87,17 @@ class Mlp(nn.Module):
 def attending(
   compute: Compute, x: jax.Array, parts: Sequence[Part], name: str
 ) -> list[jax.Array]:
-  """Computes what attends of x (B, N, D), by linear maps of D each.
+  """Computes what attends of x (B, N, D), by linear maps in one product.
+
+  Args:
+    compute: precision, and whether a backward pass is to come: if not, values
+      stay.
+    x: what they read.
+    parts: which there are, of D channels each.
+    name: of the product's parameters.
 
   Returns:
-    See `parts.take_apart`; values stay if no backward pass is to come.
+    See `parts.take_apart`.
   """
   linear = Linear(
     len(parts) * x.shape[-1],
@@ -178,7 +186,7 @@ class SelfAttention(nn.Module):
       parts = query_key_value(self.heads, rotary)
       taken = attending(compute, x, parts, "qkv")
     query, key, value = taken
-    # Where they are if they are all of the product.
+    # Values that stay are behind queries and keys, others start at 0.
     value_head = min(2 * self.heads, value.shape[2] - self.heads)
     if self.alike:
       key, value = key[:, :1], value[:, :1]
@@ -238,7 +246,7 @@ class CrossAttention(nn.Module):
           *attending(compute, context, [of_value], "value"),
         )
     key, value = taken
-    # Where they are if they are all of the product.
+    # Values that stay are the product's last part, others start at 0.
     value_head = value.shape[2] - heads
     y = compute.attend(query, key, value, length, context_length, value_head)
     projection = _projection(compute, x.shape[-1], self.result)

@@ -24,7 +24,7 @@ def divide_batch(kernel: Callable[..., Any]) -> Callable[..., Any]:
   def divided(*arrays):
     batch = len(jax.tree.leaves(arrays)[0])
     specs = jax.tree.map(
-      lambda x: PartitionSpec() if len(x) == 1 != batch else split, arrays
+      lambda x: PartitionSpec() if batch > 1 and len(x) == 1 else split, arrays
     )
     return jax.shard_map(
       kernel, in_specs=specs, out_specs=split, check_vma=False

@@ -65,14 +65,16 @@ def take_apart(
 def _rotated_parts(
   y: jax.Array, parts: Sequence[Part], values_stay: bool = False
 ) -> list[jax.Array]:
-  width = y.shape[-1] // len(parts)
+  tokens, count = y.shape[:2], len(parts)
+  # Along an axis of parts, whose gradients are joined then, not added.
+  split = jnp.split(y.reshape(*tokens, count, -1), count, axis=2)
   taken = []
-  for number, part in enumerate(parts):
-    heads = y.reshape(*y.shape[:2], -1, part.heads, width // part.heads)
+  for part, x in zip(parts, split, strict=True):
     if part.value and values_stay:
-      taken.append(heads.reshape(*y.shape[:2], -1, heads.shape[-1]))
+      taken.append(y.reshape(*tokens, count * part.heads, -1))
     else:
-      taken.append(apply_rotary(heads[:, :, number], part.rotary))
+      x = x.reshape(*tokens, part.heads, -1)
+      taken.append(apply_rotary(x, part.rotary))
   return taken
 
 

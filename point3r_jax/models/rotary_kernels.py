@@ -52,7 +52,10 @@ def _unrotated(channels: int) -> _Form:
 
 
 def _halves(groups: Sequence[int]) -> _Form:
-  """For groups that are alike and even: a channel and its partner at once."""
+  """For groups that are alike and even: a channel and its partner at once.
+
+  Both have the same cosine and sine.
+  """
   half, pairs = groups[0] // 2, sum(groups) // 2
   lanes = _lanes(pairs)
   # Not // and %, of which Triton cannot tell that they go in runs.

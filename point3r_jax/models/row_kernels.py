@@ -45,7 +45,8 @@ def suit_rows(
   Args:
     shape: of the rows: multiples of 8, and of `width` channels.
     dtype: of what is computed: bfloat16.
-    width: channels that the kernel takes at a time.
+    width: what the kernel wants multiples of; that of GELUs does for all but
+      maps.
   """
   if jax.default_backend() != "gpu" or triton is None:
     return False
@@ -253,8 +254,8 @@ def gelu_gradient(
   return of_x.reshape(shape), sums
 
 
-def _read_out_gradient_kernel(x, kernel, gradient, result):
-  """Does so for a block; references (n, c), (features, c), (n, features)."""
+def _read_out_gradient_kernel(x, gradient, kernel, result):
+  """Makes a block of it; references (n, c), (n, features), (features, c)."""
   total = sum(
     gradient[:, i][:, None] * kernel[i, :][None] for i in range(kernel.shape[0])
   )
@@ -268,8 +269,8 @@ def read_out_gradient(
 
   Args:
     x: the rectified rows (…, C); `suit_rows` says which, C in `MAP_CHANNELS`.
-    gradient: (…, features) float32 of the product, features a power of two.
-    kernel: (1, C, features) float32, the columns.
+    gradient: (…, features) float32 of the product.
+    kernel: (1, C, features) float32, the columns; 1 for `divide_batch`.
     interpret: whether to run without a GPU.
 
   Returns:
@@ -285,13 +286,13 @@ def read_out_gradient(
     grid=(channels // MAP_CHANNELS, rows // block),
     in_specs=[
       tile,
-      pl.BlockSpec((features, MAP_CHANNELS), lambda j, i: (0, j)),
       pl.BlockSpec((block, features), lambda j, i: (i, 0)),
+      pl.BlockSpec((features, MAP_CHANNELS), lambda j, i: (0, j)),
     ],
     out_specs=tile,
     out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
     compiler_params=compiler_params(),
     name="read_out_gradient",
     interpret=interpret,
-  )(x, kernel[0].T, gradient)
+  )(x, gradient, kernel[0].T)
   return of_x.reshape(shape)

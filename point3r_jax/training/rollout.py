@@ -184,10 +184,12 @@ def rollout(
 
   index = jnp.arange(frames)
 
-  def looped(start: int, stop: int) -> bool:
+  def is_looped(start: int, stop: int) -> bool:
     return stop - start > options.unroll
 
-  turns = sum(1 if looped(*part[:2]) else part[1] - part[0] for part in parts)
+  turns = sum(
+    1 if is_looped(*part[:2]) else part[1] - part[0] for part in parts
+  )
   handed_out = _hand_out(params, turns)
 
   def run(visible: int, looped: bool):
@@ -223,7 +225,7 @@ def rollout(
     tokens = tokens.reshape(batch, frames, *tokens.shape[1:]).swapaxes(0, 1)
     for start, stop, visible in parts:
       inputs = tokens[start:stop], index[start:stop]
-      if looped(start, stop):
+      if is_looped(start, stop):
         body = functools.partial(run(visible, looped=True), next(handed_out))
         memory, result = jax.lax.scan(body, memory, inputs)
       else:
