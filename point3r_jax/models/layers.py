@@ -175,8 +175,8 @@ class SelfAttention(nn.Module):
       x: (B, N, D).
       rotary: table of the N positions, or None.
       length: (B,) valid prefix of x, or None for all.
-      taken: queries, keys and values, see `attending`, if they are parts of
-        more than these the first three; None: they are computed here.
+      taken: what `attending` gives of `query_key_value`, maybe the first parts
+        of more; None: it is computed here.
 
     Returns:
       (B, N, D).
@@ -228,8 +228,8 @@ class CrossAttention(nn.Module):
       context_rotary: table of the keys' positions, or None.
       length: (B,) valid prefix of x, or None for all.
       context_length: (B,) valid prefix of the context, or None for all.
-      taken: keys and values, see `attending`, if they are parts of more than
-        these the last two; None: they are computed here.
+      taken: what `attending` gives of `key_value`, maybe the last parts of
+        more; None: it is computed here.
 
     Returns:
       (B, N, D).
