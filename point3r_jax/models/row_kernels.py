@@ -67,8 +67,15 @@ def compiler_params() -> triton.CompilerParams:
 
 
 def _flatten(*arrays: jax.Array) -> list[jax.Array]:
-  """Makes (n, C) of arrays (…, C)."""
-  return [x.reshape(-1, x.shape[-1]) for x in arrays]
+  """Makes (n, C) of arrays (…, C); raises ValueError unless n is in eights."""
+  flat = [x.reshape(-1, x.shape[-1]) for x in arrays]
+  rows, height = len(flat[0]), _GELU_TILE[0]
+  if rows % height:  # `suit_rows` sees those of all devices of a mesh.
+    raise ValueError(
+      f"kernels over rows take a multiple of {height} of them on each device, "
+      f"got {rows}; give each device more samples"
+    )
+  return flat
 
 
 def _read(rows: jax.Array) -> list[tuple[slice, jax.Array]]:

@@ -92,6 +92,14 @@ def test_maps_read_out_by_rows(request, shape):
 
 
 @pytest.mark.usefixtures("interpreted")
+def test_rows_of_a_device_that_are_not_in_eights_are_refused():
+  """They would be left out."""
+  x = draw(0, (8, 6, CHANNELS))
+  with jax.set_mesh(make_mesh(2, 4)), pytest.raises(ValueError, match="got 6"):
+    jax.jit(lambda x: norms._normalize(x, jnp.bfloat16))(x)
+
+
+@pytest.mark.usefixtures("interpreted")
 def test_devices_of_a_mesh_share_the_maps(monkeypatch):
   """But each of them has the whole kernel."""
   shapes = []
