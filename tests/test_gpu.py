@@ -19,7 +19,8 @@ from point3r_jax.models import dpt, hopper_attention_gradient, linear, norms
 from point3r_jax.models import parts as parts_module
 from point3r_jax.models.attention import attention
 from point3r_jax.models.hopper_attention import quickest
-from point3r_jax.models.parts import Part, take_apart
+from point3r_jax.models.layers import query_key_value
+from point3r_jax.models.parts import take_apart
 from point3r_jax.models.rotary import rotary_2d, rotary_3d
 from point3r_jax.params import prepare_params
 from point3r_jax.training.hlo import Program, type_shape
@@ -207,6 +208,16 @@ def test_norms_by_rows_equal_xla(monkeypatch, shape, dtype):
     )
 
 
+def assert_as_xla_does(run, monkeypatch, module):
+  """Compares arrays that a module makes with kernels over rows and without."""
+  found = run()
+  monkeypatch.setattr(module, "suit_rows", lambda *_: False)
+  for one, other in zip(*map(jax.tree.leaves, (found, run())), strict=True):
+    one, other = np.float32(one), np.float32(other)
+    error = np.abs(one - other).max()
+    assert error < 0.01 * np.abs(other).max()
+
+
 @pytest.mark.parametrize("shape", [(1, 72, 3072), (80, 200, 4096)])
 def test_gelus_by_rows_equal_xla(monkeypatch, shape):
   keys = jax.random.split(jax.random.key(0), 3)
@@ -226,12 +237,7 @@ def test_gelus_by_rows_equal_xla(monkeypatch, shape):
     return jax.jit(both)(y, bias, gradient)
 
   assert linear.suit_rows(shape, jnp.bfloat16)
-  found = run()
-  monkeypatch.setattr(linear, "suit_rows", lambda *_: False)
-  for one, other in zip(found, run(), strict=True):
-    one, other = np.float32(one), np.float32(other)
-    error = np.abs(one - other).max()
-    assert error < 0.01 * np.abs(other).max()
+  assert_as_xla_does(run, monkeypatch, linear)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 8, 128), (16, 224, 224, 128)])
@@ -249,12 +255,7 @@ def test_maps_read_out_equal_xla(monkeypatch, shape):
     return jax.jit(both)(x, kernel, gradient)
 
   assert dpt.suit_rows(shape, jnp.bfloat16, shape[-1])
-  found = run()
-  monkeypatch.setattr(dpt, "suit_rows", lambda *_: False)
-  for one, other in zip(found, run(), strict=True):
-    one, other = np.float32(one), np.float32(other)
-    error = np.abs(one - other).max()
-    assert error < 0.01 * np.abs(other).max()
+  assert_as_xla_does(run, monkeypatch, dpt)
 
 
 @pytest.mark.parametrize(
@@ -270,8 +271,7 @@ def test_products_taken_apart_equal_xla(monkeypatch, batch, grid, heads):
     table = rotary_3d(position, channels, (100.0, 10.0))
     if len(heads) == 1:
       table = rotary_2d(grid, channels)
-    rotated = Part(number, table)
-    parts += [rotated, rotated, Part(number, value=True)]
+    parts += query_key_value(number, table)
   y = jax.random.normal(keys[1], (batch, tokens, len(parts) * width))
   y, bias = y.astype(jnp.bfloat16), jnp.ones(y.shape[-1:], jnp.bfloat16)
   gradients = [
@@ -288,15 +288,10 @@ def test_products_taken_apart_equal_xla(monkeypatch, batch, grid, heads):
       )
       return taken, pullback(gradients)
 
-    return jax.tree.leaves(jax.jit(both)(y, bias, gradients))
+    return jax.jit(both)(y, bias, gradients)
 
   assert parts_module.suit_rows(y.shape, y.dtype)
-  found = run()
-  monkeypatch.setattr(parts_module, "suit_rows", lambda *_: False)
-  for one, other in zip(found, run(), strict=True):
-    one, other = np.float32(one), np.float32(other)
-    error = np.abs(one - other).max()
-    assert error < 0.01 * np.abs(other).max()
+  assert_as_xla_does(run, monkeypatch, parts_module)
 
 
 def test_kernels_compiled_ahead_are_those_of_the_program():

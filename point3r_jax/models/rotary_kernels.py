@@ -154,6 +154,7 @@ def _join_kernel(*references, parts, rows):
   """Joins a block; references of each part's, and the last of `_join_block`."""
   *inputs, joined, sums = references
   width = parts[0].heads * len(parts[0].programs) * parts[0].channels
+  # Not within the conditions, where the interpreter does not know them.
   program, block = pl.program_id(0), pl.program_id(1)
   for number, part in enumerate(parts):
     taken = 1 if part.groups is None else 3

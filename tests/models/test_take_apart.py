@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from point3r_jax.models import parts as parts_module
+from point3r_jax.models.layers import query_key_value
 from point3r_jax.models.parts import Part, take_apart
 from point3r_jax.models.rotary import apply_rotary, rotary_2d, rotary_3d
 from point3r_jax.models.rotary_kernels import join_gradients
@@ -27,10 +28,6 @@ def interpreted(monkeypatch):
 
 def draw(number, shape):
   return jax.random.normal(jax.random.key(number), shape).astype(jnp.bfloat16)
-
-
-def query_key_value(heads, table):
-  return [Part(heads, table), Part(heads, table), Part(heads, value=True)]
 
 
 def tables(batch, height, *channels):
