@@ -42,7 +42,7 @@ def sum_products(x: jax.Array, y: jax.Array) -> jax.Array:
   return parts.sum(axis=0)
 
 
-def _sum_rows(x: jax.Array) -> jax.Array:
+def sum_rows(x: jax.Array) -> jax.Array:
   """Sums x (…, C) over all but its last axis, to (C,) float32.
 
   In two steps, apart from each other and from what makes x. XLA would join them
@@ -52,7 +52,12 @@ def _sum_rows(x: jax.Array) -> jax.Array:
   x = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]))
   rows = _rows_at_once(x.shape[0], 256) or x.shape[0]
   x = x.reshape(-1, rows, x.shape[-1]).sum(axis=1, dtype=jnp.float32)
-  return jax.lax.optimization_barrier(x).sum(axis=0)
+  return sum_blocks(x)
+
+
+def sum_blocks(sums: jax.Array) -> jax.Array:
+  """Sums what kernels have summed over blocks of rows, (blocks, …)."""
+  return jax.lax.optimization_barrier(sums).sum(axis=0)
 
 
 def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
@@ -74,7 +79,7 @@ def _add_bias_forward(y, bias):
 
 
 def _add_bias_backward(_, gradient):
-  return gradient, _sum_rows(gradient).astype(gradient.dtype)
+  return gradient, sum_rows(gradient).astype(gradient.dtype)
 
 
 _add_bias.defvjp(_add_bias_forward, _add_bias_backward)
@@ -105,11 +110,11 @@ def _add_bias_gelu_backward(dtype, saved, gradient):
   x, bias = saved
   if suit_rows(x.shape, dtype):
     of_x, sums = divide_batch(gelu_gradient)(x, gradient)
-    of_bias = jax.lax.optimization_barrier(sums).sum(axis=0)
+    of_bias = sum_blocks(sums)
   else:
     slope = gelu_slope(x.astype(jnp.float32))
     of_x = (slope * gradient.astype(jnp.float32)).astype(dtype)
-    of_bias = _sum_rows(of_x)
+    of_bias = sum_rows(of_x)
   return of_x.astype(bias.dtype), of_bias.astype(bias.dtype)
 
 

@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from point3r_jax.models.linear import add_bias
+from point3r_jax.models.linear import add_bias, sum_blocks
 from point3r_jax.models.partition import divide_batch
 from point3r_jax.models.rotary import RotaryTable, apply_rotary
 from point3r_jax.models.rotary_kernels import join_gradients
@@ -90,8 +90,7 @@ def _take_apart_forward(y, bias, parts):
 def _take_apart_backward(parts, gradients):
   tables = [part.rotary for part in parts]
   of_y, sums = divide_batch(join_gradients)(gradients, tables)
-  of_bias = jax.lax.optimization_barrier(sums).sum(axis=0)
-  return of_y, of_bias.astype(of_y.dtype), None
+  return of_y, sum_blocks(sums).astype(of_y.dtype), None
 
 
 _take_apart.defvjp(_take_apart_forward, _take_apart_backward)
