@@ -193,7 +193,9 @@ def test_norms_by_rows_equal_xla(monkeypatch, shape, dtype):
 
   def run():
     def both(x, gradients):
-      normed, pullback = jax.vjp(lambda x: norms._normalize(x, jnp.bfloat16), x)
+      normed, pullback = jax.vjp(
+        lambda x: norms._normalize(x, (None, None), jnp.bfloat16), x
+      )
       return normed, pullback(gradients)
 
     return jax.jit(both)(x, gradients)
@@ -216,6 +218,28 @@ def assert_as_xla_does(run, monkeypatch, module):
     one, other = np.float32(one), np.float32(other)
     error = np.abs(one - other).max()
     assert error < 0.01 * np.abs(other).max()
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(
+  "shape", [(2, 100, 768), (25, 200, 768), (80, 200, 1024), (4, 256, 1536)]
+)
+def test_norms_sums_by_rows_equal_xla(monkeypatch, shape, wanted):
+  keys = jax.random.split(jax.random.key(0), 3)
+  x, *gradients = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys)
+  biases = tuple(jnp.zeros(shape[-1:]) if want else None for want in wanted)
+
+  def run():
+    def both(x, biases, gradients):
+      normed, pullback = jax.vjp(
+        lambda x, biases: norms._normalize(x, biases, x.dtype), x, biases
+      )
+      return normed, *pullback(tuple(gradients))
+
+    return jax.jit(both)(x, biases, gradients)
+
+  assert norms.suit_rows(shape, jnp.bfloat16)
+  assert_as_xla_does(run, monkeypatch, norms)
 
 
 @pytest.mark.parametrize("shape", [(1, 72, 3072), (80, 200, 4096)])

@@ -11,10 +11,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from point3r_jax.models.compute import NORMED, Compute
 from point3r_jax.models.layouts import row_major
+from point3r_jax.models.linear import sum_blocks, sum_rows
 from point3r_jax.models.partition import divide_batch
 from point3r_jax.models.row_kernels import (
   normalize_rows,
   normalize_rows_gradient,
+  normalize_rows_gradient_sums,
   suit_rows,
 )
 
@@ -40,16 +42,22 @@ def layer_norm(
   )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _normalize(x, dtype):
+def sums_biases(compute: Compute) -> bool:
+  """Says whether `normalize` gives gradients of biases."""
+  return not compute.forward_only and compute.dtype != jnp.float32
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _normalize(x, biases, dtype):
   """LayerNorm (…, C) without an affine map, rounded to a type, and x itself.
 
-  So that gradients of both are added where the norm's is made.
+  So that gradients of both are added where the norm's is made, and summed for
+  the biases (C,) before and after, or None.
   """
-  return _normalize_forward(x, dtype)[0]
+  return _normalize_forward(x, biases, dtype)[0]
 
 
-def _normalize_forward(x, dtype):
+def _normalize_forward(x, biases, dtype):
   if suit_rows(x.shape, dtype):
     y, scale = divide_batch(
       functools.partial(normalize_rows, dtype=dtype, epsilon=_EPSILON)
@@ -67,35 +75,72 @@ def _normalize_forward(x, dtype):
       (((wide - mean) * scale).astype(dtype), scale[..., 0])
     )
   y, scale = checkpoint_name(y, NORMED), checkpoint_name(scale, NORMED)
-  return (y, x), (y, scale)
+  return (y, x), (y, scale, biases)
 
 
 def _normalize_backward(dtype, saved, gradients):
-  y, scale = saved
-  gradient, residual = gradients
-  if suit_rows(y.shape, dtype):
-    rows_gradient = divide_batch(normalize_rows_gradient)
-    return (rows_gradient(y, scale, gradient, residual),)
+  *normed, biases = saved
+  wanted = tuple(bias is not None for bias in biases)
+  kernels = suit_rows(normed[0].shape, dtype)
+  gradient = _gradient_by_kernel if kernels else _gradient_by_xla
+  of_x, sums = gradient(*normed, *gradients, wanted)
+  leaves, structure = jax.tree.flatten(biases)
+  of_biases = [
+    total.astype(bias.dtype) for total, bias in zip(sums, leaves, strict=True)
+  ]
+  return of_x, structure.unflatten(of_biases)
+
+
+def _gradient_by_kernel(y, scale, gradient, residual, wanted):
+  """Returns the gradient of x and the sums (C,) of it, of the residual's."""
+  operands = y, scale, gradient, residual
+  if not any(wanted):
+    return divide_batch(normalize_rows_gradient)(*operands), ()
+  kernel = functools.partial(normalize_rows_gradient_sums, wanted=wanted)
+  of_x, sums = divide_batch(kernel)(*operands)
+  return of_x, sum_blocks(sums)
+
+
+def _gradient_by_xla(y, scale, gradient, residual, wanted):
+  """The same without kernels."""
   y, gradient = y.astype(jnp.float32), gradient.astype(jnp.float32)
   mean = gradient.mean(axis=-1, keepdims=True)
   slope = (gradient * y).mean(axis=-1, keepdims=True)
   of_x = scale[..., None] * (gradient - mean - y * slope)
-  return ((residual.astype(jnp.float32) + of_x).astype(residual.dtype),)
+  of_x = (residual.astype(jnp.float32) + of_x).astype(residual.dtype)
+  both = zip((of_x, residual), wanted, strict=True)
+  return of_x, [sum_rows(x) for x, want in both if want]
 
 
 _normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
-def normalize(compute: Compute, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def normalize(
+  compute: Compute,
+  x: jax.Array,
+  before: jax.Array | None = None,
+  after: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
   """LayerNorm of x (…, C) without an affine map, for a linear map.
 
   Computed in float32. In training its result is of the policy's type, otherwise
   float32.
 
+  Of biases only the gradients are made here, if `sums_biases`: sums over rows
+  of what the norm's gradient reads and writes anyway. They are right if x is
+  read by this norm alone, and x to go on with by the sum alone; who adds them
+  adds constants (`linear.add_constant`).
+
+  Args:
+    compute: precision, and whether a backward pass is to come.
+    x: what is normalised.
+    before: a bias (C,) that was added to make x, or None.
+    after: one that will be added to x to go on with, or None.
+
   Returns:
     The normalised x, and x to go on with: in training the gradients of both are
     then added up in one kernel.
   """
-  if compute.forward_only or compute.dtype == jnp.float32:
+  if not sums_biases(compute):
     return layer_norm(compute, affine=False)(x), x
-  return _normalize(x, compute.dtype)
+  return _normalize(x, (before, after), compute.dtype)

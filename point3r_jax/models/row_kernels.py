@@ -20,9 +20,16 @@ try:
 except ImportError:  # JAX means to drop it.
   triton = None
 
-# Rows of a norm's block. Of a GELU's block, whose columns are summed, and how
-# many rows and channels it takes at a time.
+# Rows of a norm's block, or that it takes at a time where columns are summed.
+# There are about as many of these blocks as an H200 has room for at a time.
 _NORM_ROWS = 4
+_NORM_BLOCKS = 528
+
+# So many channels are spread over all threads, 16 bytes for each.
+_SPREAD_CHANNELS = 1024
+
+# Rows of a GELU's block, whose columns are summed, and how many rows and
+# channels it takes at a time.
 _GELU_BLOCK = 64
 _GELU_TILE = (8, 256)
 
@@ -78,54 +85,102 @@ def _flatten(*arrays: jax.Array) -> list[jax.Array]:
   return flat
 
 
-def _read(rows: jax.Array) -> list[tuple[slice, jax.Array]]:
-  """Reads rows (n, C) as float32, in parts since Triton wants powers of two."""
-  parts, start, left = [], 0, rows.shape[1]
-  while left:
+def _parts(channels: int) -> list[slice]:
+  """Splits channels into powers of two, as Triton wants them."""
+  parts, start = [], 0
+  while left := channels - start:
     size = 1 << (left.bit_length() - 1)
-    part = slice(start, start + size)
-    parts.append((part, rows[:, part].astype(jnp.float32)))
-    start, left = start + size, left - size
+    parts.append(slice(start, start + size))
+    start += size
   return parts
+
+
+def _read(
+  rows: jax.Array, at: slice | pl.Slice = slice(None)
+) -> list[jax.Array]:
+  """Reads some of rows (n, C) as float32, in parts of their channels."""
+  return [rows[at, part].astype(jnp.float32) for part in _parts(rows.shape[1])]
 
 
 def _normalize_kernel(x, y, scale, *, epsilon):
   """Normalises a block; references of x and y (n, C) and scales (n,)."""
   channels, parts = x.shape[1], _read(x)
-  mean = sum(part.sum(axis=1) for _, part in parts) / channels
-  square = sum((part * part).sum(axis=1) for _, part in parts) / channels
+  mean = sum(part.sum(axis=1) for part in parts) / channels
+  square = sum((part * part).sum(axis=1) for part in parts) / channels
   variance = jnp.maximum(square - mean * mean, 0)
   factor = jax.lax.rsqrt(variance + epsilon)
-  for where, part in parts:
+  for where, part in zip(_parts(channels), parts, strict=True):
     normed = (part - mean[:, None]) * factor[:, None]
     y[:, where] = normed.astype(y.dtype)
   scale[:] = factor
 
 
-def _normalize_gradient_kernel(y, scale, gradient, residual, result):
-  """The same backward; references (n, C), but of scales (n,)."""
-  channels, parts = y.shape[1], _read(y)
-  gradients = [part for _, part in _read(gradient)]
-  residuals = [part for _, part in _read(residual)]
+def _normalize_tile_gradient(y, scale, gradient, residual, result, at):
+  """The same backward, of some rows of a block.
+
+  References (n, C), but of scales (n,). Returns the gradient and that of what
+  went on, float32 in parts of their channels.
+  """
+  channels, parts = y.shape[1], _read(y, at)
+  gradients, residuals = _read(gradient, at), _read(residual, at)
   mean = sum(part.sum(axis=1) for part in gradients) / channels
   slope = sum(
     (part * of_part).sum(axis=1)
-    for (_, part), of_part in zip(parts, gradients, strict=True)
+    for part, of_part in zip(parts, gradients, strict=True)
   )
   slope /= channels
-  factor = scale[:][:, None]
-  for (where, part), of_part, rest in zip(
-    parts, gradients, residuals, strict=True
+  factor, of_x = scale[at][:, None], []
+  for where, part, of_part, rest in zip(
+    _parts(channels), parts, gradients, residuals, strict=True
   ):
     of_part = of_part - mean[:, None] - part * slope[:, None]
-    result[:, where] = (rest + factor * of_part).astype(result.dtype)
+    of_x.append(rest + factor * of_part)
+    result[at, where] = of_x[-1].astype(result.dtype)
+  return of_x, residuals
 
 
-def _norm_specs(channels: int) -> tuple[pl.BlockSpec, pl.BlockSpec]:
+def _normalize_gradient_kernel(*references):
+  """The same backward; references of `_normalize_tile_gradient`."""
+  _normalize_tile_gradient(*references, slice(None))
+
+
+def _sum_tile(part: jax.Array) -> jax.Array:
+  """Sums rows (n, c) if they are so wide that a thread has some of each.
+
+  Others stay apart until the end of a block: threads would wait for each other.
+  """
+  return part.sum(axis=0) if part.shape[1] >= _SPREAD_CHANNELS else part
+
+
+def _normalize_gradient_sums_kernel(*references, rows, wanted):
+  """The same and sums; references of a tile's, and of sums (1, k, C)."""
+  *references, sums = references
+  block, channels = references[0].shape
+  left, parts = rows - pl.program_id(0) * block, _parts(channels)
+
+  def add_tile(tile, totals):
+    at = pl.ds(tile * _NORM_ROWS, _NORM_ROWS)
+    both = _normalize_tile_gradient(*references, at)
+    summed = [x for x, want in zip(both, wanted, strict=True) if want]
+    return jax.tree.map(lambda x, y: x + _sum_tile(y), totals, summed)
+
+  widths = [part.stop - part.start for part in parts]
+  zeros = [jnp.zeros((_NORM_ROWS, width), jnp.float32) for width in widths]
+  start = sums.shape[1] * [[_sum_tile(x) for x in zeros]]
+  tiles = jnp.minimum(left, block) // _NORM_ROWS
+  totals = jax.lax.fori_loop(0, tiles, add_tile, start)
+  for number, total in enumerate(totals):
+    for where, part in zip(parts, total, strict=True):
+      sums[0, number, where] = jnp.atleast_2d(part).sum(axis=0)
+
+
+def _norm_specs(
+  channels: int, rows: int = _NORM_ROWS
+) -> tuple[pl.BlockSpec, pl.BlockSpec]:
   """Returns the blocks of arrays (n, C) and (n,)."""
   return (
-    pl.BlockSpec((_NORM_ROWS, channels), lambda i: (i, 0)),
-    pl.BlockSpec((_NORM_ROWS,), lambda i: (i,)),
+    pl.BlockSpec((rows, channels), lambda i: (i, 0)),
+    pl.BlockSpec((rows,), lambda i: (i,)),
   )
 
 
@@ -197,6 +252,57 @@ def normalize_rows_gradient(
     interpret=interpret,
   )(y, scale.reshape(-1), gradient, residual)
   return of_x.reshape(shape)
+
+
+def normalize_rows_gradient_sums(
+  y: jax.Array,
+  scale: jax.Array,
+  gradient: jax.Array,
+  residual: jax.Array,
+  wanted: tuple[bool, bool],
+  interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+  """The same as `normalize_rows_gradient`, and sums over blocks of rows.
+
+  Args:
+    y: (…, C) and
+    scale: (…) of `normalize_rows`.
+    gradient: of y.
+    residual: (…, C), gradient of what went on.
+    wanted: whether the result is summed, and whether `residual` is; one is.
+    interpret: whether to run without a GPU.
+
+  Returns:
+    (…, C) in the type of `residual`, and the k sums that are wanted (blocks, k,
+    C) float32, that of the result taken before it was rounded.
+  """
+  shape = y.shape
+  y, gradient, residual = _flatten(y, gradient, residual)
+  rows, channels = y.shape
+  height, count = _GELU_TILE[0], sum(wanted)
+  while pl.cdiv(rows, height) > _NORM_BLOCKS:
+    height *= 2
+  blocks = pl.cdiv(rows, height)
+  block, scales = _norm_specs(channels, height)
+  of_x, sums = pl.pallas_call(
+    functools.partial(
+      _normalize_gradient_sums_kernel, rows=rows, wanted=wanted
+    ),
+    grid=(blocks,),
+    in_specs=[block, scales, block, block],
+    out_specs=(
+      block,
+      pl.BlockSpec((1, count, channels), lambda i: (i, 0, 0)),
+    ),
+    out_shape=(
+      jax.ShapeDtypeStruct(y.shape, residual.dtype),
+      jax.ShapeDtypeStruct((blocks, count, channels), jnp.float32),
+    ),
+    compiler_params=compiler_params(),
+    name="normalize_rows_gradient_sums",
+    interpret=interpret,
+  )(y, scale.reshape(-1), gradient, residual)
+  return of_x.reshape(shape), sums
 
 
 def gelu_slope(x: jax.Array) -> jax.Array:

@@ -19,7 +19,14 @@ CHANNELS = 768  # Two parts, as it is no power of two.
 def interpreted(monkeypatch):
   """Lets norms, GELUs and maps take the kernels, on a CPU."""
   for module, names in (
-    (norms, ("normalize_rows", "normalize_rows_gradient")),
+    (
+      norms,
+      (
+        "normalize_rows",
+        "normalize_rows_gradient",
+        "normalize_rows_gradient_sums",
+      ),
+    ),
     (linear, ("gelu_gradient",)),
     (dpt, ("read_out_gradient",)),
   ):
@@ -46,6 +53,10 @@ def assert_close(found, expected, atol):
   chex.assert_trees_all_close(found, expected, rtol=2**-7, atol=atol)
 
 
+def normalize(x, biases=(None, None)):
+  return norms._normalize(x, biases, jnp.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_norms_by_rows(request, dtype):
   shape = (2, 12, CHANNELS)
@@ -53,12 +64,59 @@ def test_norms_by_rows(request, dtype):
   gradients = draw(1, shape), draw(2, shape, dtype)
 
   def run():
-    result, pullback = jax.vjp(lambda x: norms._normalize(x, jnp.bfloat16), x)
+    result, pullback = jax.vjp(normalize, x)
     return result, pullback(gradients)
 
   expected = run()
   request.getfixturevalue("interpreted")
   assert_close(run(), expected, atol=1e-5)
+
+
+# A block of them, several, and a last one that is not whole.
+@pytest.mark.parametrize("rows", [8, 64, 200])
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+def test_norms_by_rows_sum_gradients_of_biases(
+  request, monkeypatch, rows, wanted
+):
+  monkeypatch.setattr(row_kernels, "_NORM_BLOCKS", 3)
+  shape = (1, rows, CHANNELS)
+  x, types = draw(0, shape), (jnp.float32, jnp.bfloat16)
+  biases = tuple(
+    draw(number, (CHANNELS,), dtype) if want else None
+    for number, (want, dtype) in enumerate(zip(wanted, types, strict=True))
+  )
+  gradients = draw(1, shape), draw(2, shape)
+
+  def run():
+    result, pullback = jax.vjp(normalize, x, biases)
+    return result, *pullback(gradients)
+
+  result, of_x, of_biases = run()
+  request.getfixturevalue("interpreted")
+  again, of_x_again, of_biases_again = run()
+  assert_close((again, of_x_again), (result, of_x), atol=1e-5)
+  expected = tuple(
+    bias if bias is None else np.float32(x).sum((0, 1)).astype(bias.dtype)
+    for bias, x in zip(biases, (of_x, gradients[1]), strict=True)
+  )
+  # Rows of a gradient are rounded before XLA sums them, or after.
+  for found in (of_biases, of_biases_again):
+    assert_close(found, expected, atol=0.2)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_devices_of_a_mesh_share_the_rows_that_are_summed():
+  x, gradient = draw(0, (8, 40, CHANNELS)), draw(1, (8, 40, CHANNELS))
+  biases = draw(2, (CHANNELS,)), draw(3, (CHANNELS,))
+
+  @jax.jit
+  def gradients(x, biases):
+    return jax.vjp(normalize, x, biases)[1]((gradient, gradient))
+
+  expected = gradients(x, biases)
+  with jax.set_mesh(make_mesh(2, 4)):
+    found = gradients(x, biases)
+  assert_close(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [8, 64, 200])
@@ -96,7 +154,7 @@ def test_rows_of_a_device_that_are_not_in_eights_are_refused():
   """They would be left out."""
   x = draw(0, (8, 6, CHANNELS))
   with jax.set_mesh(make_mesh(2, 4)), pytest.raises(ValueError, match="got 6"):
-    jax.jit(lambda x: norms._normalize(x, jnp.bfloat16))(x)
+    jax.jit(normalize)(x)
 
 
 @pytest.mark.usefixtures("interpreted")
