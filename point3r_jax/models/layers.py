@@ -10,28 +10,75 @@ import jax
 import jax.numpy as jnp
 
 from point3r_jax.models.compute import Compute
-from point3r_jax.models.linear import Linear, add_bias_gelu
-from point3r_jax.models.norms import layer_norm, normalize
+from point3r_jax.models.linear import (
+  Finish,
+  Linear,
+  add_bias_gelu,
+  add_constant,
+)
+from point3r_jax.models.norms import layer_norm, normalize, sums_biases
 from point3r_jax.models.parameter import parameter
 from point3r_jax.models.parts import Part, take_apart
 from point3r_jax.models.rotary import RotaryTable
 
+# The linear maps around the MLP's norm where a self-attention is before it.
+_ATTENTION_AND_MLP = {
+  "before": ("attention", "projection"),
+  "after": ("mlp", "output"),
+}
+
+
+def _is_affine(block: nn.Module, name: str) -> bool:
+  """Says whether a block's norm has an affine map of its own.
+
+  `params.fold_norms` may have made it a part of the linear map behind.
+  """
+  own = block.get_variable("params", name, {})
+  return block.is_initializing() or "scale" in own
+
+
+def _biases(
+  block: nn.Module, norm: str, **paths: tuple[str, str]
+) -> tuple[Finish | None, dict[str, jax.Array]]:
+  """Leaves gradients of biases to a block's norm, where it can make them.
+
+  Args:
+    block: has the norm, and the parts with the linear maps.
+    norm: its name.
+    **paths: the linear maps whose biases `normalize` is to be given, by its
+      name for them: part of the block, and name there.
+
+  Returns:
+    How these linear maps are to be finished, and what `normalize` is given.
+  """
+  if _is_affine(block, norm) or not sums_biases(block.compute):
+    return None, {}
+  biases = {
+    place: block.get_variable("params", part)[name]["bias"]
+    for place, (part, name) in paths.items()
+  }
+  return add_constant, biases
+
 
 def _norm(
-  block: nn.Module, name: str, x: jax.Array
+  block: nn.Module, name: str, x: jax.Array, **biases: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Normalises a block's x (…, C) for the linear map behind.
 
-  `params.fold_norms` may have made the norm's affine map a part of that linear
-  map: then the norm has no parameters, and XLA computes but one of those that
-  read the same.
+  Without an affine map XLA computes but one of the norms that read the same.
+
+  Args:
+    block: has the norm.
+    name: of it.
+    x: what is normalised.
+    **biases: see `_biases`.
 
   Returns:
     The normalised x, and x to go on with, see `normalize`.
   """
-  if block.is_initializing() or block.has_variable("params", name):
+  if _is_affine(block, name):
     return layer_norm(block.compute, name)(x), x
-  return normalize(block.compute, x)
+  return normalize(block.compute, x, **biases)
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -57,6 +104,7 @@ class Mlp(nn.Module):
     exact: whether the GELU is, or in its form with tanh, see
       `linear.add_bias_gelu`.
     sums: see `Linear`.
+    finish: of the last map, see `Linear`.
   """
 
   hidden: int
@@ -66,6 +114,7 @@ class Mlp(nn.Module):
   result: jnp.dtype | None = None
   exact: bool = True
   sums: jnp.dtype | None = None
+  finish: Finish | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -81,7 +130,7 @@ class Mlp(nn.Module):
       self.result,
       self.sums,
       name="output",
-    )(x)
+    )(x, self.finish)
 
 
 def attending(
@@ -122,7 +171,12 @@ def _projection(compute: Compute, width: int, result: jnp.dtype) -> Linear:
   )
 
 
-def _mlp(compute: Compute, ratio: int, residual: jax.Array) -> Mlp:
+def _mlp(
+  compute: Compute,
+  ratio: int,
+  residual: jax.Array,
+  finish: Finish | None,
+) -> Mlp:
   """Returns the MLP of a block, to be added to a residual (…, D)."""
   width = residual.shape[-1]
   return Mlp(
@@ -132,6 +186,7 @@ def _mlp(compute: Compute, ratio: int, residual: jax.Array) -> Mlp:
     result=compute.summand_dtype(residual),
     exact=compute.exact_gelu,
     sums=compute.inner_sums,
+    finish=finish,
     name="mlp",
   )
 
@@ -153,12 +208,14 @@ class SelfAttention(nn.Module):
     heads: of which there are.
     compute: precision and kernels.
     result: type of the result.
+    finish: of the last map, see `Linear`.
     alike: whether all tokens are alike: then the first is key enough for all.
   """
 
   heads: int
   compute: Compute
   result: jnp.dtype
+  finish: Finish | None = None
   alike: bool = False
 
   @nn.compact
@@ -192,7 +249,7 @@ class SelfAttention(nn.Module):
       key, value = key[:, :1], value[:, :1]
     y = compute.attend(query, key, value, length, length, value_head)
     projection = _projection(compute, x.shape[-1], self.result)
-    return projection(y.reshape(x.shape))
+    return projection(y.reshape(x.shape), self.finish)
 
 
 class CrossAttention(nn.Module):
@@ -202,11 +259,13 @@ class CrossAttention(nn.Module):
     heads: of which there are.
     compute: precision and kernels.
     result: type of the result.
+    finish: of the last map, see `Linear`.
   """
 
   heads: int
   compute: Compute
   result: jnp.dtype
+  finish: Finish | None = None
 
   @nn.compact
   def __call__(
@@ -250,7 +309,7 @@ class CrossAttention(nn.Module):
     value_head = value.shape[2] - heads
     y = compute.attend(query, key, value, length, context_length, value_head)
     projection = _projection(compute, x.shape[-1], self.result)
-    return projection(y.reshape(x.shape))
+    return projection(y.reshape(x.shape), self.finish)
 
 
 class EncoderBlock(nn.Module):
@@ -277,12 +336,15 @@ class EncoderBlock(nn.Module):
     Returns:
       (B, N, D). Rows beyond `length` are finite and without meaning.
     """
+    finish, biases = _biases(self, "mlp_norm", **_ATTENTION_AND_MLP)
     summand = self.compute.summand_dtype(x)
-    within = SelfAttention(self.heads, self.compute, summand, name="attention")
+    within = SelfAttention(
+      self.heads, self.compute, summand, finish, name="attention"
+    )
     normed, x = _norm(self, "attention_norm", x)
     x = x + within(normed, rotary, length)
-    normed, x = _norm(self, "mlp_norm", x)
-    return x + _mlp(self.compute, self.mlp_ratio, x)(normed)
+    normed, x = _norm(self, "mlp_norm", x, **biases)
+    return x + _mlp(self.compute, self.mlp_ratio, x, finish)(normed)
 
 
 class DecoderBlock(nn.Module):
@@ -327,7 +389,14 @@ class DecoderBlock(nn.Module):
     Returns:
       As x. Rows beyond `length` are finite and without meaning.
     """
-    common = self.heads, self.compute, self.compute.summand_dtype(x)
+    finish, biases = _biases(
+      self,
+      "cross_norm",
+      before=("self_attention", "projection"),
+      after=("cross_attention", "projection"),
+    )
+    finish_mlp, of_mlp = _biases(self, "mlp_norm", after=("mlp", "output"))
+    common = self.heads, self.compute, self.compute.summand_dtype(x), finish
     within = SelfAttention(*common, self.alike, name="self_attention")
     across = CrossAttention(*common, name="cross_attention")
     normed = x
@@ -336,7 +405,7 @@ class DecoderBlock(nn.Module):
     x = x + within(normed, rotary, length, taken)
     if context_taken is None:
       context, _ = _norm(self, "context_norm", context)
-    normed, x = _norm(self, "cross_norm", x)
+    normed, x = _norm(self, "cross_norm", x, **biases)
     x = x + across(
       normed,
       context,
@@ -346,8 +415,8 @@ class DecoderBlock(nn.Module):
       context_length,
       context_taken,
     )
-    normed, x = _norm(self, "mlp_norm", x)
-    return x + _mlp(self.compute, self.mlp_ratio, x)(normed)
+    normed, x = _norm(self, "mlp_norm", x, **of_mlp)
+    return x + _mlp(self.compute, self.mlp_ratio, x, finish_mlp)(normed)
 
 
 class _ModulatedAffine(nn.Module):
@@ -361,13 +430,17 @@ class _ModulatedAffine(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, scale: jax.Array, shift: jax.Array
+    self,
+    x: jax.Array,
+    scale: jax.Array,
+    shift: jax.Array,
+    **biases: jax.Array,
   ) -> tuple[jax.Array, jax.Array]:
     """Maps x (B, N, D) under both (B, 1, D); see `ModulatedNorm`."""
     width = x.shape[-1]
     own_scale = parameter(self, "scale", (width,))
     own_shift = parameter(self, "bias", (width,))
-    y, x = normalize(self.compute, x)
+    y, x = normalize(self.compute, x, **biases)
     return y * (own_scale * scale) + (own_shift * scale + shift), x
 
 
@@ -378,9 +451,14 @@ class ModulatedNorm(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, condition: jax.Array
+    self, x: jax.Array, condition: jax.Array, **biases: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     """Normalises x (B, N, D) under the condition (B, D).
+
+    Args:
+      x: what is normalised.
+      condition: gives the affine map.
+      **biases: see `_biases`.
 
     Returns:
       The result, float32, and x to go on with, see `normalize`.
@@ -392,7 +470,8 @@ class ModulatedNorm(nn.Module):
       name="modulation",
     )(self.compute.fill_block(nn.silu(condition)))
     shift, scale = jnp.split(modulation[:, :1], 2, axis=-1)
-    return _ModulatedAffine(self.compute, name="norm")(x, 1 + scale, shift)
+    affine = _ModulatedAffine(self.compute, name="norm")
+    return affine(x, 1 + scale, shift, **biases)
 
 
 class ModulatedBlock(nn.Module):
@@ -410,9 +489,13 @@ class ModulatedBlock(nn.Module):
     rotary: RotaryTable | None = None,
   ) -> jax.Array:
     """Maps x (B, N, D) under the condition (B, D) to its shape and type."""
+    finish, biases = _biases(self, "mlp_norm", **_ATTENTION_AND_MLP)
     summand = self.compute.summand_dtype(x)
-    within = SelfAttention(self.heads, self.compute, summand, name="attention")
+    within = SelfAttention(
+      self.heads, self.compute, summand, finish, name="attention"
+    )
     normed, x = ModulatedNorm(self.compute, name="attention_norm")(x, condition)
     x = x + within(normed, rotary)
-    normed, x = ModulatedNorm(self.compute, name="mlp_norm")(x, condition)
-    return x + _mlp(self.compute, self.mlp_ratio, x)(normed)
+    mlp_norm = ModulatedNorm(self.compute, name="mlp_norm")
+    normed, x = mlp_norm(x, condition, **biases)
+    return x + _mlp(self.compute, self.mlp_ratio, x, finish)(normed)

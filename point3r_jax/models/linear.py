@@ -121,6 +121,17 @@ def _add_bias_gelu_backward(dtype, saved, gradient):
 add_bias_gelu.defvjp(_add_bias_gelu_forward, _add_bias_gelu_backward)
 
 
+def add_constant(y: jax.Array, bias: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """Adds a bias whose gradient is made elsewhere, see `norms.normalize`.
+
+  Args:
+    y: (…, C), a product.
+    bias: (C,) of y's type.
+    dtype: to which the sum is rounded.
+  """
+  return (y + jax.lax.stop_gradient(bias)).astype(dtype)
+
+
 # Makes a linear map's result of a product (…, C), a bias (C,) of the same type
 # and the type that their sum is rounded to.
 Finish = Callable[[jax.Array, jax.Array, jnp.dtype], Any]
