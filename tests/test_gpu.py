@@ -210,10 +210,10 @@ def test_norms_by_rows_equal_xla(monkeypatch, shape, dtype):
     )
 
 
-def assert_as_xla_does(run, monkeypatch, module):
-  """Compares arrays that a module makes with kernels over rows and without."""
+def assert_as_xla_does(run, monkeypatch, module, suits="suit_rows"):
+  """Compares arrays that a module makes with kernels and without."""
   found = run()
-  monkeypatch.setattr(module, "suit_rows", lambda *_: False)
+  monkeypatch.setattr(module, suits, lambda *_: False)
   for one, other in zip(*map(jax.tree.leaves, (found, run())), strict=True):
     one, other = np.float32(one), np.float32(other)
     error = np.abs(one - other).max()
@@ -262,6 +262,47 @@ def test_gelus_by_rows_equal_xla(monkeypatch, shape):
 
   assert linear.suit_rows(shape, jnp.bfloat16)
   assert_as_xla_does(run, monkeypatch, linear)
+
+
+@pytest.mark.parametrize(
+  ("rows", "width", "hidden"),
+  [
+    ((80, 200), 1024, 4096),
+    ((16, 784), 768, 3072),
+    ((3, 776), 768, 3072),  # Whose last tile is beyond the rows.
+    ((1, 8), 64, 128),  # One cluster, one step.
+  ],
+)
+def test_products_with_gelus_gradients_equal_xla(
+  monkeypatch, rows, width, hidden
+):
+  """The same each time, and as by two kernels."""
+  keys = jax.random.split(jax.random.key(0), 4)
+  y, bias, kernel, gradient = (
+    scale * jax.random.normal(key, shape, jnp.bfloat16)
+    for key, scale, shape in zip(
+      keys,
+      (1, 1, 0.1, 1),
+      ((*rows, hidden), (hidden,), (hidden, width), (*rows, width)),
+      strict=True,
+    )
+  )
+
+  def run():
+    def both(y, bias, kernel, gradient):
+      def multiply(y, bias, kernel):
+        return linear.multiply_gelu(
+          y, kernel, bias=bias, dtype=y.dtype, preferred_element_type=y.dtype
+        )
+
+      result, pullback = jax.vjp(multiply, y, bias, kernel)
+      return result, *pullback(gradient)
+
+    return jax.jit(both)(y, bias, kernel, gradient)
+
+  assert linear._suit_product(kernel)
+  chex.assert_trees_all_equal(run(), run())
+  assert_as_xla_does(run, monkeypatch, linear, "_suit_product")
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 8, 128), (16, 224, 224, 128)])

@@ -59,13 +59,18 @@ custom_call_target="__cudnn$fmhaSoftmax"
   %b = (bf16[1,1,6,2,16]{4,3,2,1,0}, bf16[1,9,2,16]{3,2,1,0}, \
 bf16[1,9,2,16]{3,2,1,0}) custom-call(%n, %q, %m, %m, %v, %v, %q), \
 custom_call_target="mosaic_gpu_v2"
+  %rows = bf16[8,64]{1,0} parameter(7)
+  %matrix = bf16[128,64]{1,0} parameter(8)
+  %of = bf16[8,128]{1,0} parameter(9)
+  %product = (bf16[8,128]{1,0}, f32[2,128]{1,0}) custom-call(%rows, %matrix, \
+%of), custom_call_target="mosaic_gpu_v2"
   ROOT %e = f32[] constant(0)
 }
 """
 
 
 def test_kernels_count_slices_and_rounds():
-  product, total, *convolutions, attention, gradient = kernels(PROGRAM)
+  product, total, *convolutions, attention, gradient, fused = kernels(PROGRAM)
   assert (product.kind, product.runs) == ("cublas$lt$matmul", 3)
   assert product.scope == "step/image_block/dot"
   assert product.operations == 2 * 8 * 64 * 16
@@ -79,12 +84,13 @@ def test_kernels_count_slices_and_rounds():
     "mosaic_gpu_v2",
     2.5 * attention.operations,
   )
+  assert fused.operations == 2 * 8 * 64 * 128
   least = sum(x.seconds for x in kernels(PROGRAM))
-  assert least == pytest.approx(11 * 2e-6, rel=0.01)
+  assert least == pytest.approx(12 * 2e-6, rel=0.01)
 
 
 def test_the_table_names_parts_and_kinds():
   table = format_kernels(list(kernels(PROGRAM)))
-  assert "11 kernels  all" in table.splitlines()[0]
+  assert "12 kernels  all" in table.splitlines()[0]
   assert "3 kernels  image blocks, forward" in table
   assert "cudnn$convBackwardFilter" in table

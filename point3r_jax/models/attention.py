@@ -13,15 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from point3r_jax.models.gpus import HOPPER, compute_capability
 from point3r_jax.models.partition import divide_batch
 
 IMPLEMENTATIONS = ("auto", "xla", "blocks", "cudnn", "hopper", "tpu")
 
 # The name of what kernels of ours give, for a backward pass that keeps it.
 ATTENDED = "attended"
-
-# The compute capability of the GPUs that "hopper" is for.
-HOPPER = "9.0"
 
 # Channels of a head that GPUs' kernels take: multiples of these, and up to; the
 # last one with a backward pass.
@@ -48,9 +46,8 @@ def _choose(query: jax.Array, key: jax.Array, forward_only: bool) -> str:
   half = query.dtype in (jnp.bfloat16, jnp.float16)
   if backend != "gpu" or not half or channels % _CUDNN_CHANNELS:
     return "xla"
-  # Only CUDA devices have one.
-  capability = getattr(jax.devices()[0], "compute_capability", "")
-  suits = capability == HOPPER and channels % _HOPPER_CHANNELS == 0
+  hopper = compute_capability() == HOPPER
+  suits = hopper and channels % _HOPPER_CHANNELS == 0
   if forward_only:
     suits &= channels <= _MOST_HOPPER_CHANNELS
   else:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -20,6 +20,18 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from point3r_jax.models.hopper import (
+  COMPILER,
+  TILE,
+  barriers,
+  bind,
+  divide,
+  divide_up,
+  multiprocessors,
+  shared_tiles,
+  slot,
+)
+
 # Rows of a warpgroup's matrix products, here queries; steps whose keys are in
 # flight.
 ROWS = 64
@@ -27,8 +39,6 @@ _STAGES = 2
 # What registers hold of a head in the backward pass: the sums of a warpgroup's
 # keys and values.
 MOST_CHANNELS_BACKWARD = 64
-# Of the largest Hopper GPUs, if the device is none.
-_MULTIPROCESSORS = 132
 
 # A form of this kernel or of that of the gradients.
 _AnyForm = TypeVar("_AnyForm")
@@ -68,11 +78,6 @@ _FORMS = (
 )
 
 
-def _multiprocessors() -> int:
-  """Returns how many multiprocessors there are."""
-  return getattr(jax.devices()[0], "core_count", _MULTIPROCESSORS)
-
-
 def quickest(forms: Iterable[_AnyForm], heads: int, tokens: int) -> _AnyForm:
   """Returns the form that takes the least time, the first of equals.
 
@@ -84,7 +89,7 @@ def quickest(forms: Iterable[_AnyForm], heads: int, tokens: int) -> _AnyForm:
   """
 
   def time(form):
-    return -(-heads * form.tasks(tokens) // _multiprocessors()) * form.turn
+    return -(-heads * form.tasks(tokens) // multiprocessors()) * form.turn
 
   return min(forms, key=time)
 
@@ -111,29 +116,7 @@ def _choose(heads: int, queries: int, channels: int) -> _Form:
   return quickest(forms, heads, queries)
 
 
-TILE = plgpu.Layout.WGMMA
 _ROW = TILE.reduce(1)
-COMPILER = plgpu.CompilerParams(
-  approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-)
-
-
-def _divide(x: jax.Array, by: int) -> tuple[jax.Array, jax.Array]:
-  """Returns quotient and remainder of an int32 that is not negative.
-
-  For kernels, which take up to twice as long to lower with `//` and `%`.
-  """
-  return lax.div(x, jnp.int32(by)), lax.rem(x, jnp.int32(by))
-
-
-def _divide_up(x: jax.Array, by: int) -> jax.Array:
-  """Returns the quotient, rounded up, of an int32 that is not negative."""
-  return _divide(x + (by - 1), by)[0]
-
-
-def slot(number: jax.Array, places: int) -> jax.Array:
-  """Returns which of places that are taken in turn is that of a number."""
-  return lax.rem(number, jnp.int32(places))
 
 
 def _attention_kernel(
@@ -176,16 +159,16 @@ def _attention_kernel(
   computing, places = form.computing, query_tiles.shape[0]
   tasks_of_head = form.tasks(num_queries)
   all_tasks = batch_size * heads * tasks_of_head
-  tasks = _divide_up(all_tasks - block, blocks)
+  tasks = divide_up(all_tasks - block, blocks)
 
   def task(number):
     """Returns sample, head, first query, keys and steps of a task."""
-    rest, head = _divide(block + number * blocks, heads)
-    batch, part = _divide(rest, tasks_of_head)
+    rest, head = divide(block + number * blocks, heads)
+    batch, part = divide(rest, tasks_of_head)
     first = part * (computing * ROWS)
     # Tasks beyond the queries' length see no keys, and zeros come out.
     keys = jnp.where(first < query_length[batch], key_length[batch], 0)
-    return batch, head, first, keys, _divide_up(keys, form.keys)
+    return batch, head, first, keys, divide_up(keys, form.keys)
 
   def compute(number, before):
     """Computes a task after so many steps; returns how many there are then."""
@@ -310,36 +293,6 @@ def _attention_kernel(
   lax.cond(warpgroup < computing, compute_all, fetch_all)
 
 
-def shared_tiles(
-  shape: tuple[int, ...], dtype: jnp.dtype, swizzle: int | None = None
-) -> plgpu.SMEM:
-  """Returns shared memory that matrix units can read.
-
-  Args:
-    shape: of all tiles, the last two axes of one.
-    dtype: of 16 bits.
-    swizzle: bytes of a row within which these are exchanged; None: as many as
-      divide it.
-  """
-  bits = jnp.finfo(dtype).bits
-  swizzle = swizzle or plgpu.find_swizzle(shape[-1] * bits)
-  tiling = plgpu.TilingTransform((8, 8 * swizzle // bits))
-  return plgpu.SMEM(
-    shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle))
-  )
-
-
-def bind(kernel: Callable[..., None], **options) -> Callable[..., None]:
-  """Returns a kernel with options, which profiles show under its name."""
-  bound = functools.partial(kernel, **options)
-  return functools.update_wrapper(bound, kernel, ("__name__",), ())
-
-
-def barriers(number: int, arrivals: int = 1) -> plgpu.Barrier:
-  """Returns barriers that so many arrivals open."""
-  return plgpu.Barrier(num_barriers=number, num_arrivals=arrivals)
-
-
 # Calls of like shapes share what takes seconds to compile.
 @functools.partial(jax.jit, static_argnames=("value_head", "keep_log_sum"))
 def hopper_attention(
@@ -381,7 +334,7 @@ def hopper_attention(
   tasks = batch * heads * form.tasks(num_queries)
   # With a backward pass to come, kernels follow one another. Beside others, as
   # in streams, a block that waits for a multiprocessor is to have but one task.
-  blocks = min(tasks, _multiprocessors()) if keep_log_sum else tasks
+  blocks = min(tasks, multiprocessors()) if keep_log_sum else tasks
   places = 1 if blocks == tasks else 2
   result = jax.ShapeDtypeStruct(query.shape, dtype)
   scratch = {

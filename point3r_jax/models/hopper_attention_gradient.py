@@ -20,17 +20,15 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from point3r_jax.models.hopper_attention import (
+from point3r_jax.models.hopper import (
   COMPILER,
-  ROWS,
   TILE,
   barriers,
   bind,
-  check_backward,
-  quickest,
   shared_tiles,
   slot,
 )
+from point3r_jax.models.hopper_attention import ROWS, check_backward, quickest
 
 # Steps, of as many queries as a warpgroup has rows, that are in flight; and how
 # many steps' gradients of scores there is room for.

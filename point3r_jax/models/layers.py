@@ -13,8 +13,9 @@ from point3r_jax.models.compute import Compute
 from point3r_jax.models.linear import (
   Finish,
   Linear,
-  add_bias_gelu,
   add_constant,
+  leave,
+  multiply_gelu,
 )
 from point3r_jax.models.norms import layer_norm, normalize, sums_biases
 from point3r_jax.models.parameter import parameter
@@ -122,15 +123,19 @@ class Mlp(nn.Module):
     hidden = Linear(
       self.hidden, self.dtype, self.precision, sums=self.sums, name="hidden"
     )
-    x = gelu(hidden(x)) if self.exact else hidden(x, add_bias_gelu)
-    return Linear(
+    output = Linear(
       self.features,
       self.dtype,
       self.precision,
       self.result,
       self.sums,
       name="output",
-    )(x, self.finish)
+    )
+    if self.exact:
+      return output(gelu(hidden(x)), self.finish)
+    y, bias = hidden(x, leave)
+    multiply = functools.partial(multiply_gelu, bias=bias, dtype=self.dtype)
+    return output(y, self.finish, multiply)
 
 
 def attending(

@@ -9,8 +9,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.dtypes import promote_dtype
 
+from point3r_jax.models.gpus import HOPPER, compute_capability
 from point3r_jax.models.parameter import parameter
 from point3r_jax.models.partition import divide_batch
 from point3r_jax.models.row_kernels import (
@@ -121,6 +121,75 @@ def _add_bias_gelu_backward(dtype, saved, gradient):
 add_bias_gelu.defvjp(_add_bias_gelu_forward, _add_bias_gelu_backward)
 
 
+def leave(
+  y: jax.Array, bias: jax.Array, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+  """Leaves a product and its bias to `multiply_gelu`."""
+  del dtype
+  return y, bias
+
+
+def multiply_gelu(
+  y: jax.Array,
+  kernel: jax.Array,
+  *,
+  bias: jax.Array,
+  dtype: jnp.dtype,
+  **product: Any,
+) -> jax.Array:
+  """Multiplies what `add_bias_gelu` gives by a matrix.
+
+  On Hopper GPUs the GELU's gradient is then part of the product that it is of.
+
+  Args:
+    y: (…, C), a product.
+    kernel: (C, K).
+    bias: (C,) of y's type.
+    dtype: to which the sum is rounded, and the GELU.
+    **product: options of `jnp.matmul`.
+
+  Returns:
+    (…, K) of the type that the options say.
+  """
+  types = {y.dtype, kernel.dtype, dtype, product["preferred_element_type"]}
+  if types == {jnp.dtype(jnp.bfloat16)} and _suit_product(kernel):
+    return _multiply_gelu(y, bias, kernel)
+  return jnp.matmul(add_bias_gelu(y, bias, dtype), kernel, **product)
+
+
+def _suit_product(kernel: jax.Array) -> bool:
+  """Says whether there is a kernel for gradients of what this multiplies."""
+  if compute_capability() != HOPPER:
+    return False
+  from point3r_jax.models.hopper_product import suits
+
+  return suits(kernel.shape)
+
+
+@jax.custom_vjp
+def _multiply_gelu(y, bias, kernel):
+  return _multiply_gelu_forward(y, bias, kernel)[0]
+
+
+def _multiply_gelu_forward(y, bias, kernel):
+  hidden, (x, _) = _add_bias_gelu_forward(y, bias, y.dtype)
+  return jnp.matmul(hidden, kernel), (x, hidden, kernel)
+
+
+def _multiply_gelu_backward(saved, gradient):
+  from point3r_jax.models.hopper_product import gelu_gradient_product
+
+  x, hidden, kernel = saved
+  # A leading axis for `divide_batch`, as all devices have all of the matrix.
+  product = divide_batch(gelu_gradient_product)
+  of_x, sums = product(gradient, kernel[None], x)
+  _, pull = jax.vjp(functools.partial(jnp.matmul, hidden), kernel)
+  return of_x, sum_blocks(sums).astype(x.dtype), *pull(gradient)
+
+
+_multiply_gelu.defvjp(_multiply_gelu_forward, _multiply_gelu_backward)
+
+
 def add_constant(y: jax.Array, bias: jax.Array, dtype: jnp.dtype) -> jax.Array:
   """Adds a bias whose gradient is made elsewhere, see `norms.normalize`.
 
@@ -155,15 +224,30 @@ class Linear(nn.Module):
   sums: jnp.dtype | None = None
 
   @nn.compact
-  def __call__(self, x: jax.Array, finish: Finish | None = None) -> Any:
-    """Maps x (…, in) to (…, features), or to what `finish` makes of that."""
+  def __call__(
+    self,
+    x: jax.Array,
+    finish: Finish | None = None,
+    multiply: Callable[..., jax.Array] = jnp.matmul,
+  ) -> Any:
+    """Maps x (…, in) to (…, features), or to what `finish` makes of that.
+
+    Args:
+      x: what is mapped.
+      finish: instead of adding the bias.
+      multiply: as `jnp.matmul` does, maybe with what is made of x before.
+    """
     kernel = parameter(self, "kernel", (x.shape[-1], self.features))
     bias = parameter(self, "bias", (self.features,))
     result = self.result or self.dtype
     sums = self.sums or result
-    x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
-    y = jnp.matmul(
-      x, kernel, precision=self.precision, preferred_element_type=sums
+    if multiply is jnp.matmul:
+      x = x.astype(self.dtype)
+    y = multiply(
+      x,
+      kernel.astype(self.dtype),
+      precision=self.precision,
+      preferred_element_type=sums,
     )
     bias = bias.astype(result).astype(sums)  # Rounded, as `cast_params` does.
     if finish is not None:

@@ -15,6 +15,8 @@ import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 
+from point3r_jax.models.gpus import compute_capability
+
 try:
   from jax.experimental.pallas import triton
 except ImportError:  # JAX means to drop it.
@@ -55,12 +57,11 @@ def suit_rows(
     width: what the kernel wants multiples of; that of GELUs does for all but
       maps.
   """
-  if jax.default_backend() != "gpu" or triton is None:
-    return False
-  # Only CUDA devices have one that is a number.
-  capability = getattr(jax.devices()[0], "compute_capability", "")
+  capability = compute_capability()
   return (
-    capability.replace(".", "").isdigit()
+    triton is not None
+    # Only that of CUDA devices is a number.
+    and capability.replace(".", "").isdigit()
     and float(capability) >= _CAPABILITY
     and dtype == jnp.bfloat16
     and math.prod(shape[:-1]) % _GELU_TILE[0] == 0

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from point3r_jax.models.attention import HOPPER
+from point3r_jax.models.gpus import HOPPER
 from point3r_jax.params import merge, param_shapes
 from point3r_jax.training.collectives import Collectives, count_collectives
 from point3r_jax.training.experiment import Experiment

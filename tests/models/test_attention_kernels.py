@@ -240,7 +240,7 @@ def test_hopper_blocks_have_limits_that_are_said():
 def test_shared_memory_holds_a_hopper_block(monkeypatch, form, training):
   """With the widest heads, and in training what the next task needs, too."""
   monkeypatch.setattr(hopper_attention, "_FORMS", (form,))
-  monkeypatch.setattr(hopper_attention, "_multiprocessors", lambda: 1)
+  monkeypatch.setattr(hopper_attention, "multiprocessors", lambda: 1)
   channels = form.channels
   if training:
     channels = min(channels, hopper_attention.MOST_CHANNELS_BACKWARD)
