@@ -151,8 +151,7 @@ def _product_kernel(
     total = pl.run_scoped(multiply, plgpu.ACC((_SIDE, _SIDE), jnp.float32))
     here = wait(steps)
     halves = [
-      plgpu.load(half.at[here], (), layout=TILE)
-      for half in (row_tiles, column_tiles)
+      plgpu.layout_cast(half[here], TILE) for half in (row_tiles, column_tiles)
     ]
     plgpu.commit_smem()  # Until all of the warpgroup have read it.
     release(steps)

@@ -151,8 +151,8 @@ def multiply_gelu(
   Returns:
     (…, K) of the type that the options say.
   """
-  types = {y.dtype, kernel.dtype, dtype, product["preferred_element_type"]}
-  if types == {jnp.dtype(jnp.bfloat16)} and _suit_product(kernel):
+  types = y.dtype, kernel.dtype, dtype, product["preferred_element_type"]
+  if all(x == jnp.bfloat16 for x in types) and _suit_product(kernel):
     return _multiply_gelu(y, bias, kernel)
   return jnp.matmul(add_bias_gelu(y, bias, dtype), kernel, **product)
 

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from point3r_jax.models import hopper_product, linear
+from point3r_jax.models.compute import Compute
+from point3r_jax.models.layers import EncoderBlock
 from point3r_jax.models.linear import gelu_slope, multiply_gelu
+from point3r_jax.precision import get_precision
 from point3r_jax.training.sharding import make_mesh
 
 ROWS, HIDDEN, WIDTH = (8, 6), 128, 64
@@ -79,6 +82,25 @@ def test_a_mesh_splits_rows_alone(sizes):
     found = jax.jit(pull)(*arrays, gradient)
   assert_close(found, expected)
   assert sizes[-1] == (ROWS[0] // len(jax.devices()), ROWS[1], WIDTH)
+
+
+def test_blocks_take_the_kernel_in_training(request):
+  compute = Compute(get_precision("bfloat16"), "xla", "none")
+  block = EncoderBlock(2, HIDDEN // WIDTH, compute)
+  x, gradient = draw(0, *ROWS, WIDTH), draw(1, *ROWS, WIDTH)
+  leaves, tree = jax.tree.flatten(block.init(jax.random.key(0), x))
+  params = tree.unflatten(
+    [0.3 * draw(i, *leaf.shape) for i, leaf in enumerate(leaves)]
+  )
+
+  def gradients():
+    _, pullback = jax.vjp(block.apply, params, x)
+    return jax.tree.leaves(pullback(gradient))
+
+  expected = gradients()
+  sizes = request.getfixturevalue("sizes")
+  assert_close(gradients(), expected)
+  assert sizes == [(*ROWS, WIDTH)]
 
 
 @pytest.mark.parametrize(
