@@ -19,7 +19,7 @@ class Precision:
   decoder, the pose memory and the world head unless a backward pass is to come.
   Patch embeddings have float32 operands, multiplied as `matmul` says. GELUs
   between bfloat16 products have a form with tanh: see
-  `models.linear.add_bias_gelu`.
+  `models.gelus.add_bias_gelu`.
 
   Attributes:
     name: the policy's name.

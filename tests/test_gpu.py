@@ -15,11 +15,12 @@ import pytest
 import point3r_jax as p3r
 from point3r_jax import stream_programs, streaming
 from point3r_jax.kernels_ahead import compile_kernels, find_kernels
-from point3r_jax.models import dpt, hopper_attention_gradient, linear, norms
+from point3r_jax.models import dpt, gelus, hopper_attention_gradient, norms
 from point3r_jax.models import parts as parts_module
 from point3r_jax.models.attention import attention
 from point3r_jax.models.hopper_attention import quickest
 from point3r_jax.models.layers import query_key_value
+from point3r_jax.models.linear import Factors
 from point3r_jax.models.parts import take_apart
 from point3r_jax.models.rotary import rotary_2d, rotary_3d
 from point3r_jax.params import prepare_params
@@ -254,14 +255,14 @@ def test_gelus_by_rows_equal_xla(monkeypatch, shape):
   def run():
     def both(y, bias, gradient):
       result, pullback = jax.vjp(
-        lambda y, bias: linear.add_bias_gelu(y, bias, jnp.bfloat16), y, bias
+        lambda y, bias: gelus.add_bias_gelu(y, bias, jnp.bfloat16), y, bias
       )
       return result, *pullback(gradient)
 
     return jax.jit(both)(y, bias, gradient)
 
-  assert linear.suit_rows(shape, jnp.bfloat16)
-  assert_as_xla_does(run, monkeypatch, linear)
+  assert gelus.suit_rows(shape, jnp.bfloat16)
+  assert_as_xla_does(run, monkeypatch, gelus)
 
 
 @pytest.mark.parametrize(
@@ -273,36 +274,42 @@ def test_gelus_by_rows_equal_xla(monkeypatch, shape):
     ((1, 8), 64, 128),  # One cluster, one step.
   ],
 )
-def test_products_with_gelus_gradients_equal_xla(
-  monkeypatch, rows, width, hidden
-):
+def test_products_with_gelus_equal_xla(monkeypatch, rows, width, hidden):
   """The same each time, and as by two kernels."""
-  keys = jax.random.split(jax.random.key(0), 4)
-  y, bias, kernel, gradient = (
+  keys = jax.random.split(jax.random.key(0), 5)
+  x, first, bias, second, gradient = (
     scale * jax.random.normal(key, shape, jnp.bfloat16)
     for key, scale, shape in zip(
       keys,
-      (1, 1, 0.1, 1),
-      ((*rows, hidden), (hidden,), (hidden, width), (*rows, width)),
+      (1, width**-0.5, 1, 0.1, 1),
+      (
+        (*rows, width),
+        (width, hidden),
+        (hidden,),
+        (hidden, width),
+        (*rows, width),
+      ),
       strict=True,
     )
   )
+  options = {"preferred_element_type": x.dtype}
 
   def run():
-    def both(y, bias, kernel, gradient):
-      def multiply(y, bias, kernel):
-        return linear.multiply_gelu(
-          y, kernel, bias=bias, dtype=y.dtype, preferred_element_type=y.dtype
+    def both(x, first, bias, second, gradient):
+      def multiply(x, first, bias, second):
+        product = Factors(x, first, options)
+        return gelus.multiply_gelu(
+          product, second, bias=bias, dtype=x.dtype, **options
         )
 
-      result, pullback = jax.vjp(multiply, y, bias, kernel)
+      result, pullback = jax.vjp(multiply, x, first, bias, second)
       return result, *pullback(gradient)
 
-    return jax.jit(both)(y, bias, kernel, gradient)
+    return jax.jit(both)(x, first, bias, second, gradient)
 
-  assert linear._suit_product(kernel)
+  assert gelus._suit_products(first, second)
   chex.assert_trees_all_equal(run(), run())
-  assert_as_xla_does(run, monkeypatch, linear, "_suit_product")
+  assert_as_xla_does(run, monkeypatch, gelus, "_suit_products")
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 8, 128), (16, 224, 224, 128)])

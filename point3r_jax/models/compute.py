@@ -18,9 +18,11 @@ from point3r_jax.precision import Precision
 # names; or whole blocks and the dense heads.
 REMAT = ("none", "elementwise", "blocks")
 
-# Names, for what is kept, of a block's normalised inputs and of what attends.
+# Names, for what is kept: of a block's normalised inputs, of what attends, and
+# of products by kernels of ours.
 NORMED = "normed"
 ATTENDING = "attending"
+MULTIPLIED = "multiplied"
 
 
 def _keep(primitive: Any, *operands, **params) -> bool:
@@ -30,7 +32,9 @@ def _keep(primitive: Any, *operands, **params) -> bool:
   then nothing asks for.
   """
   policies = jax.checkpoint_policies
-  named = policies.save_only_these_names(NORMED, ATTENDING, ATTENDED)
+  named = policies.save_only_these_names(
+    NORMED, ATTENDING, ATTENDED, MULTIPLIED
+  )
   return (
     policies.dots_with_no_batch_dims_saveable(primitive, *operands, **params)
     or named(primitive, *operands, **params)
@@ -85,7 +89,7 @@ class Compute:
 
   @property
   def exact_gelu(self) -> bool:
-    """Whether GELUs are exact; see `linear.add_bias_gelu`."""
+    """Whether GELUs are exact; see `gelus.add_bias_gelu`."""
     return self.dtype != jnp.bfloat16
 
   @property

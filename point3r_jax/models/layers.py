@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from point3r_jax.models.compute import Compute
+from point3r_jax.models.gelus import gelu, multiply_gelu
 from point3r_jax.models.linear import (
   Finish,
   Linear,
   add_constant,
-  leave,
-  multiply_gelu,
+  factors,
+  leave_apart,
 )
 from point3r_jax.models.norms import layer_norm, normalize, sums_biases
 from point3r_jax.models.parameter import parameter
@@ -82,17 +83,6 @@ def _norm(
   return normalize(block.compute, x, **biases)
 
 
-def gelu(x: jax.Array) -> jax.Array:
-  """Returns x·Φ(x), the GELU of any shape, in x's type.
-
-  By erf: `jax.nn.gelu` takes erfc, two polynomials where this takes one, to
-  keep digits of values around 1e-7 that are added to larger ones here.
-  """
-  # Float32 costs nothing in the kernel that reads the product.
-  y = x.astype(jnp.float32)
-  return (0.5 * y * (1.0 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
-
-
 class Mlp(nn.Module):
   """Linear, GELU, Linear.
 
@@ -103,7 +93,7 @@ class Mlp(nn.Module):
     precision: see `Linear`.
     result: see `Linear`.
     exact: whether the GELU is, or in its form with tanh, see
-      `linear.add_bias_gelu`.
+      `gelus.add_bias_gelu`.
     sums: see `Linear`.
     finish: of the last map, see `Linear`.
   """
@@ -133,7 +123,7 @@ class Mlp(nn.Module):
     )
     if self.exact:
       return output(gelu(hidden(x)), self.finish)
-    y, bias = hidden(x, leave)
+    y, bias = hidden(x, leave_apart, factors)
     multiply = functools.partial(multiply_gelu, bias=bias, dtype=self.dtype)
     return output(y, self.finish, multiply)
 

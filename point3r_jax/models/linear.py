@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from point3r_jax.models.gpus import HOPPER, compute_capability
 from point3r_jax.models.parameter import parameter
-from point3r_jax.models.partition import divide_batch
-from point3r_jax.models.row_kernels import (
-  gelu_gradient,
-  gelu_slope,
-  suit_rows,
-)
 
 # How many rows may be summed at once for the gradient of a weight.
 _ROWS = range(64, 1025, 8)
@@ -85,111 +77,6 @@ def _add_bias_backward(_, gradient):
 _add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def add_bias_gelu(y: jax.Array, bias: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """Adds a bias (C,) to y (…, C) of the same type, and takes the GELU, x·Φ(x).
-
-  In its form with tanh, off by 5e-4 at most, which is what rounding to bfloat16
-  does to larger values. cuBLAS has it within the product before, even with a
-  backward pass to come. There is no forward-mode derivative.
-
-  Args:
-    y: a product.
-    bias: of it.
-    dtype: to which the sum is rounded, and the result.
-  """
-  return _add_bias_gelu_forward(y, bias, dtype)[0]
-
-
-def _add_bias_gelu_forward(y, bias, dtype):
-  x = (y + bias).astype(dtype)
-  return jax.nn.gelu(x, approximate=True), (x, bias)
-
-
-def _add_bias_gelu_backward(dtype, saved, gradient):
-  x, bias = saved
-  if suit_rows(x.shape, dtype):
-    of_x, sums = divide_batch(gelu_gradient)(x, gradient)
-    of_bias = sum_blocks(sums)
-  else:
-    slope = gelu_slope(x.astype(jnp.float32))
-    of_x = (slope * gradient.astype(jnp.float32)).astype(dtype)
-    of_bias = sum_rows(of_x)
-  return of_x.astype(bias.dtype), of_bias.astype(bias.dtype)
-
-
-add_bias_gelu.defvjp(_add_bias_gelu_forward, _add_bias_gelu_backward)
-
-
-def leave(
-  y: jax.Array, bias: jax.Array, dtype: jnp.dtype
-) -> tuple[jax.Array, jax.Array]:
-  """Leaves a product and its bias to `multiply_gelu`."""
-  del dtype
-  return y, bias
-
-
-def multiply_gelu(
-  y: jax.Array,
-  kernel: jax.Array,
-  *,
-  bias: jax.Array,
-  dtype: jnp.dtype,
-  **product: Any,
-) -> jax.Array:
-  """Multiplies what `add_bias_gelu` gives by a matrix.
-
-  On Hopper GPUs the GELU's gradient is then part of the product that it is of.
-
-  Args:
-    y: (…, C), a product.
-    kernel: (C, K).
-    bias: (C,) of y's type.
-    dtype: to which the sum is rounded, and the GELU.
-    **product: options of `jnp.matmul`.
-
-  Returns:
-    (…, K) of the type that the options say.
-  """
-  types = y.dtype, kernel.dtype, dtype, product["preferred_element_type"]
-  if all(x == jnp.bfloat16 for x in types) and _suit_product(kernel):
-    return _multiply_gelu(y, bias, kernel)
-  return jnp.matmul(add_bias_gelu(y, bias, dtype), kernel, **product)
-
-
-def _suit_product(kernel: jax.Array) -> bool:
-  """Says whether there is a kernel for gradients of what this multiplies."""
-  if compute_capability() != HOPPER:
-    return False
-  from point3r_jax.models.hopper_product import suits
-
-  return suits(kernel.shape)
-
-
-@jax.custom_vjp
-def _multiply_gelu(y, bias, kernel):
-  return _multiply_gelu_forward(y, bias, kernel)[0]
-
-
-def _multiply_gelu_forward(y, bias, kernel):
-  hidden, (x, _) = _add_bias_gelu_forward(y, bias, y.dtype)
-  return jnp.matmul(hidden, kernel), (x, hidden, kernel)
-
-
-def _multiply_gelu_backward(saved, gradient):
-  from point3r_jax.models.hopper_product import gelu_gradient_product
-
-  x, hidden, kernel = saved
-  # A leading axis for `divide_batch`, as all devices have all of the matrix.
-  product = divide_batch(gelu_gradient_product)
-  of_x, sums = product(gradient, kernel[None], x)
-  _, pull = jax.vjp(functools.partial(jnp.matmul, hidden), kernel)
-  return of_x, sum_blocks(sums).astype(x.dtype), *pull(gradient)
-
-
-_multiply_gelu.defvjp(_multiply_gelu_forward, _multiply_gelu_backward)
-
-
 def add_constant(y: jax.Array, bias: jax.Array, dtype: jnp.dtype) -> jax.Array:
   """Adds a bias whose gradient is made elsewhere, see `norms.normalize`.
 
@@ -199,6 +86,42 @@ def add_constant(y: jax.Array, bias: jax.Array, dtype: jnp.dtype) -> jax.Array:
     dtype: to which the sum is rounded.
   """
   return (y + jax.lax.stop_gradient(bias)).astype(dtype)
+
+
+class Factors(NamedTuple):
+  """A product that is yet to be made.
+
+  Attributes:
+    x: (…, K).
+    kernel: (K, C).
+    options: of `jnp.matmul`.
+  """
+
+  x: jax.Array
+  kernel: jax.Array
+  options: dict[str, Any]
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Shape (…, C) of the product."""
+    return *self.x.shape[:-1], self.kernel.shape[-1]
+
+  def multiply(self) -> jax.Array:
+    """Makes it."""
+    return jnp.matmul(self.x, self.kernel, **self.options)
+
+
+def factors(x: jax.Array, kernel: jax.Array, **options: Any) -> Factors:
+  """Does not multiply yet."""
+  return Factors(x, kernel, options)
+
+
+def leave_apart(
+  y: Factors, bias: jax.Array, dtype: jnp.dtype
+) -> tuple[Factors, jax.Array]:
+  """Leaves a product and its bias to `gelus.multiply_gelu`."""
+  del dtype
+  return y, bias
 
 
 # Makes a linear map's result of a product (…, C), a bias (C,) of the same type
@@ -226,9 +149,9 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(
     self,
-    x: jax.Array,
+    x: jax.Array | Factors,
     finish: Finish | None = None,
-    multiply: Callable[..., jax.Array] = jnp.matmul,
+    multiply: Callable[..., Any] = jnp.matmul,
   ) -> Any:
     """Maps x (…, in) to (…, features), or to what `finish` makes of that.
 
@@ -241,7 +164,7 @@ class Linear(nn.Module):
     bias = parameter(self, "bias", (self.features,))
     result = self.result or self.dtype
     sums = self.sums or result
-    if multiply is jnp.matmul:
+    if not isinstance(x, Factors):
       x = x.astype(self.dtype)
     y = multiply(
       x,

@@ -1,6 +1,7 @@
-"""Products of GELUs, whose gradients Hopper GPUs make within a product."""
+"""GELUs and their gradients within products, as Hopper GPUs make them."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -8,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from point3r_jax.models import hopper_product, linear
+from point3r_jax.models import gelus, hopper_product
 from point3r_jax.models.compute import Compute
+from point3r_jax.models.gelus import multiply_gelu
 from point3r_jax.models.layers import EncoderBlock
-from point3r_jax.models.linear import gelu_slope, multiply_gelu
+from point3r_jax.models.linear import Factors
+from point3r_jax.models.row_kernels import gelu_slope
 from point3r_jax.precision import get_precision
 from point3r_jax.training.sharding import make_mesh
 
@@ -24,24 +27,41 @@ def draw(number, *shape):
 
 
 def operands():
-  y, bias = draw(0, *ROWS, HIDDEN), draw(1, HIDDEN)
-  return (y, bias, draw(2, HIDDEN, WIDTH)), draw(3, *ROWS, WIDTH)
+  x, bias = draw(0, *ROWS, WIDTH), draw(1, HIDDEN)
+  first, second = draw(2, WIDTH, HIDDEN) / 8, draw(3, HIDDEN, WIDTH)
+  return (x, first, bias, second), draw(4, *ROWS, WIDTH)
 
 
-def pull(y, bias, kernel, gradient):
+def multiply(x, first, bias, second, sums=None):
+  """Multiplies, in sums of some type, x's by default."""
+  options = {"preferred_element_type": sums or x.dtype}
+  return multiply_gelu(
+    Factors(x, first, {"preferred_element_type": x.dtype}),
+    second,
+    bias=bias,
+    dtype=x.dtype,
+    **options,
+  )
+
+
+def pull(*arrays):
   """Returns the product and the gradients of all operands."""
-
-  def multiply(y, bias, kernel):
-    return multiply_gelu(
-      y, kernel, bias=bias, dtype=y.dtype, preferred_element_type=y.dtype
-    )
-
-  result, pullback = jax.vjp(multiply, y, bias, kernel)
+  *arrays, gradient = arrays
+  result, pullback = jax.vjp(multiply, *arrays)
   return result, *pullback(gradient)
 
 
-def stand_in(sizes, gradient, kernel, x):
-  """Does what the GPU's kernel does, with sums over two blocks."""
+def product_gelu(sizes, x, kernel, bias):
+  """Does what the GPU's kernel does."""
+  sizes.append(x.shape)
+  wide = (z.astype(jnp.float32) for z in (x, kernel[0], bias[0]))
+  x_wide, kernel, bias = wide
+  y = x_wide @ kernel + bias
+  return jax.nn.gelu(y).astype(x.dtype), y.astype(x.dtype)
+
+
+def gelu_gradient_product(sizes, gradient, kernel, x):
+  """The same, with sums over two blocks."""
   sizes.append(gradient.shape)
   wide = (z.astype(jnp.float32) for z in (gradient, kernel[0], x))
   gradient, kernel, rows = wide
@@ -52,11 +72,12 @@ def stand_in(sizes, gradient, kernel, x):
 
 @pytest.fixture
 def sizes(monkeypatch):
-  """Lets products take the stand-in; lists what it is given."""
+  """Lets products take the stand-ins; lists what these are given."""
   sizes = []
-  monkeypatch.setattr(linear, "compute_capability", lambda: "9.0")
-  kernel = functools.partial(stand_in, sizes)
-  monkeypatch.setattr(hopper_product, "gelu_gradient_product", kernel)
+  monkeypatch.setattr(gelus, "compute_capability", lambda: "9.0")
+  for kernel in (product_gelu, gelu_gradient_product):
+    stand_in = functools.partial(kernel, sizes)
+    monkeypatch.setattr(hopper_product, kernel.__name__, stand_in)
   return sizes
 
 
@@ -72,7 +93,7 @@ def test_gradients_with_and_without_the_kernel(request):
   expected = pull(*arrays, gradient)
   sizes = request.getfixturevalue("sizes")
   assert_close(pull(*arrays, gradient), expected)
-  assert sizes == [(*ROWS, WIDTH)]
+  assert sizes == 2 * [(*ROWS, WIDTH)]
 
 
 def test_a_mesh_splits_rows_alone(sizes):
@@ -100,46 +121,63 @@ def test_blocks_take_the_kernel_in_training(request):
   expected = gradients()
   sizes = request.getfixturevalue("sizes")
   assert_close(gradients(), expected)
-  assert sizes == [(*ROWS, WIDTH)]
+  assert sizes == 2 * [(*ROWS, WIDTH)]
 
 
-@pytest.mark.parametrize(
-  ("shape", "dtype", "result"),
-  [
-    ((120, WIDTH), jnp.bfloat16, jnp.bfloat16),
-    ((HIDDEN, 72), jnp.bfloat16, jnp.bfloat16),
-    ((HIDDEN, WIDTH), jnp.bfloat16, jnp.float32),
-    ((HIDDEN, WIDTH), jnp.float32, jnp.float32),
-  ],
-)
-def test_what_the_kernel_does_not_take(sizes, shape, dtype, result):
-  y, bias, kernel = (
-    draw(number, *size).astype(dtype)
-    for number, size in enumerate([(4, shape[0]), shape[:1], shape])
-  )
-
-  def total(y):
-    return multiply_gelu(
-      y, kernel, bias=bias, dtype=dtype, preferred_element_type=result
-    ).sum()
-
-  jax.grad(total)(y)
+def test_without_a_backward_pass_there_is_no_kernel(sizes):
+  arrays, _ = operands()
+  multiply(*arrays)
   assert not sizes
 
 
-def test_the_kernel_lowers_and_has_the_registers_that_it_asks_for():
+@pytest.mark.parametrize(
+  ("shape", "dtype", "sums"),
+  [
+    ((WIDTH, 120), jnp.bfloat16, jnp.bfloat16),
+    ((72, HIDDEN), jnp.bfloat16, jnp.bfloat16),
+    ((WIDTH, HIDDEN), jnp.bfloat16, jnp.float32),
+    ((WIDTH, HIDDEN), jnp.float32, jnp.float32),
+  ],
+)
+def test_what_the_kernels_do_not_take(sizes, shape, dtype, sums):
+  x, first, bias, second = (
+    draw(number, *size).astype(dtype)
+    for number, size in enumerate(
+      [(4, shape[0]), shape, shape[1:], shape[::-1]]
+    )
+  )
+  jax.grad(lambda x: multiply(x, first, bias, second, sums).sum())(x)
+  assert not sizes
+
+
+def test_the_kernels_have_the_registers_that_they_ask_for():
   """More would be waited for without an end."""
   computing, fetching = hopper_product._REGISTERS
   warpgroups = hopper_product._COMPUTING + 1
   at_first = 65536 // (128 * warpgroups) // 8 * 8
   most = warpgroups * at_first
   assert hopper_product._COMPUTING * computing + fetching <= most
-  x, gradient, kernel = (
-    jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    for shape in ((2, 200, 256), (2, 200, 128), (1, 256, 128))
-  )
-  traced = hopper_product.gelu_gradient_product.trace(gradient, kernel, x)
-  text = traced.lower(lowering_platforms=("cuda",)).as_text()
-  # Two pairs of tiles of rows.
-  assert "mosaic_gpu" in text
-  assert "tensor<4x256xf32>" in text
+
+
+def shapes(*shapes):
+  return [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+
+
+@pytest.mark.parametrize(
+  ("kernel", "operands", "result"),
+  [
+    (
+      hopper_product.product_gelu,
+      shapes((2, 200, 128), (1, 128, 256), (1, 256)),
+      "tensor<400x256xbf16>, tensor<400x256xbf16>",
+    ),
+    (  # Sums of two pairs of tiles of rows.
+      hopper_product.gelu_gradient_product,
+      shapes((2, 200, 128), (1, 256, 128), (2, 200, 256)),
+      "tensor<400x256xbf16>, tensor<4x256xf32>",
+    ),
+  ],
+)
+def test_the_kernels_lower(kernel, operands, result):
+  lowered = kernel.trace(*operands).lower(lowering_platforms=("cuda",))
+  assert re.search(rf"@mosaic_gpu\S*\(.*-> \({result}\)", lowered.as_text())

@@ -16,8 +16,9 @@ from point3r_jax.models import layers
 from point3r_jax.models.attention import attention
 from point3r_jax.models.compute import Compute
 from point3r_jax.models.encoder import VisionTransformer, patchify
+from point3r_jax.models.gelus import add_bias_gelu, gelu
 from point3r_jax.models.heads import point_map, pose_encoding
-from point3r_jax.models.linear import Linear, add_bias, add_bias_gelu
+from point3r_jax.models.linear import Linear, add_bias
 from point3r_jax.models.point3r import Context, Point3R
 from point3r_jax.models.rotary import (
   apply_rotary,
@@ -162,7 +163,7 @@ def test_unknown_attention_is_refused():
 
 def test_gelu_and_its_form_within_a_product():
   x = jnp.linspace(-10, 10, 100_001)[:, None]
-  exact = layers.gelu(x)
+  exact = gelu(x)
   published = jax.nn.gelu(x, approximate=False)
   np.testing.assert_allclose(exact, published, atol=2e-6)
   bias = jnp.ones(1)

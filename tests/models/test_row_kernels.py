@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from point3r_jax.models import dpt, linear, norms, row_kernels
-from point3r_jax.models.linear import add_bias_gelu
+from point3r_jax.models import dpt, gelus, norms, row_kernels
+from point3r_jax.models.gelus import add_bias_gelu
 from point3r_jax.training.sharding import make_mesh
 
 CHANNELS = 768  # Two parts, as it is no power of two.
@@ -27,7 +27,7 @@ def interpreted(monkeypatch):
         "normalize_rows_gradient_sums",
       ),
     ),
-    (linear, ("gelu_gradient",)),
+    (gelus, ("gelu_gradient",)),
     (dpt, ("read_out_gradient",)),
   ):
     for name in names:
