@@ -90,7 +90,7 @@ def _operations(call: Instruction, shapes: dict[str, str]) -> float:
     # (B, N, heads, d): queries, keys, values, and more for a backward pass.
     arrays = [type_shape(shapes[x]) for x in call.operands]
     if len(arrays[0]) == 2:  # A product of rows, with a matrix's.
-      return 2 * math.prod(arrays[0]) * arrays[1][0]
+      return 2 * arrays[0][0] * math.prod(arrays[1])
     arrays = [shape for shape in arrays if len(shape) == 4]
     backward = 2.5 if len(arrays) > 3 else 1
     return 4 * backward * math.prod(arrays[0]) * arrays[1][1]
