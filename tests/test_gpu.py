@@ -307,7 +307,7 @@ def test_products_with_gelus_equal_xla(monkeypatch, rows, width, hidden):
 
     return jax.jit(both)(x, first, bias, second, gradient)
 
-  assert gelus._suit_products(first, second)
+  assert gelus._suit_products(x, first, second)
   chex.assert_trees_all_equal(run(), run())
   assert_as_xla_does(run, monkeypatch, gelus, "_suit_products")
 

@@ -86,18 +86,21 @@ def multiply_gelu(
   """
   types = {jnp.dtype(x["preferred_element_type"]) for x in (y.options, options)}
   types |= {x.dtype for x in (y.x, y.kernel, kernel)} | {jnp.dtype(dtype)}
-  if types == {jnp.dtype(jnp.bfloat16)} and _suit_products(y.kernel, kernel):
+  half = types == {jnp.dtype(jnp.bfloat16)}
+  if half and _suit_products(y.x, y.kernel, kernel):
     return _multiply_gelu(y.x, y.kernel, bias, kernel)
   return jnp.matmul(add_bias_gelu(y.multiply(), bias, dtype), kernel, **options)
 
 
-def _suit_products(first: jax.Array, second: jax.Array) -> bool:
-  """Says whether there are kernels for an MLP with these matrices."""
+def _suit_products(x: jax.Array, first: jax.Array, second: jax.Array) -> bool:
+  """Says whether there are kernels for an MLP of x with these matrices."""
   if compute_capability() != HOPPER:
     return False
   from point3r_jax.models.hopper_product import suits
 
-  return suits(first.shape[::-1]) and suits(second.shape)
+  return suits(x.shape, first.shape[1]) and suits(
+    (*x.shape[:-1], second.shape[1]), second.shape[0]
+  )
 
 
 @jax.custom_vjp

@@ -40,6 +40,8 @@ from point3r_jax.models.hopper import (
 _SIDE = 128
 _DEPTH = 64
 _STAGES = 6
+# What is copied between memories comes in multiples of so many rows.
+_ROWS = 8
 # Blocks of a cluster, and warpgroups of a block that compute.
 _BLOCKS = 2
 _COMPUTING = 2
@@ -52,10 +54,13 @@ _A, _B = (2 / math.pi) ** 0.5, 0.044715
 _COLUMN = TILE.reduce(0)
 
 
-def suits(shape: tuple[int, int]) -> bool:
-  """Says whether these kernels take matrices (C, K) and (K, C)."""
-  columns, depth = shape
-  return columns % _SIDE == 0 and depth % _DEPTH == 0
+def suits(shape: tuple[int, ...], columns: int) -> bool:
+  """Says whether there are kernels for rows (…, N, K) and so many columns.
+
+  N decides, so that samples may be split over devices.
+  """
+  *_, rows, depth = shape
+  return not (rows % _ROWS or depth % _DEPTH or columns % _SIDE)
 
 
 def _gelu(x: jax.Array) -> jax.Array:
@@ -389,9 +394,8 @@ def product_gelu(
   """The GELU, in its form with tanh, of a product and a bias.
 
   Args:
-    x: (…, K) bfloat16.
-    kernel: (1, K, C) of the same type; `suits` says which. 1 for
-      `divide_batch`.
+    x: (…, K) bfloat16; `suits` says which.
+    kernel: (1, K, C) of the same type; 1 for `divide_batch`.
     bias: (1, C) of the same type.
 
   Returns:
@@ -420,9 +424,9 @@ def gelu_gradient_product(
   """Gradient of what a GELU was taken of, whose result was multiplied.
 
   Args:
-    gradient: (…, K) bfloat16 of the product GELU(x)·kernel.
-    kernel: (1, C, K) of the same type; `suits` says which. 1 for
-      `divide_batch`.
+    gradient: (…, K) bfloat16 of the product GELU(x)·kernel; `suits` says
+      which.
+    kernel: (1, C, K) of the same type; 1 for `divide_batch`.
     x: (…, C) of the same type.
 
   Returns:

@@ -18,7 +18,7 @@ from point3r_jax.models.row_kernels import gelu_slope
 from point3r_jax.precision import get_precision
 from point3r_jax.training.sharding import make_mesh
 
-ROWS, HIDDEN, WIDTH = (8, 6), 128, 64
+ROWS, HIDDEN, WIDTH = (8, 16), 128, 64
 
 
 def draw(number, *shape):
@@ -82,10 +82,11 @@ def sizes(monkeypatch):
 
 
 def assert_close(found, expected):
+  """To what 16 bits allow where a CPU, or devices, sum in them."""
   chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
   for one, other in zip(found, expected, strict=True):
     one, other = np.float32(one), np.float32(other)
-    assert np.abs(one - other).max() < 0.01 * np.abs(other).max()
+    assert np.linalg.norm(one - other) < 0.02 * np.linalg.norm(other)
 
 
 def test_gradients_with_and_without_the_kernel(request):
@@ -105,9 +106,10 @@ def test_a_mesh_splits_rows_alone(sizes):
   assert sizes[-1] == (ROWS[0] // len(jax.devices()), ROWS[1], WIDTH)
 
 
-def test_blocks_take_the_kernel_in_training(request):
-  compute = Compute(get_precision("bfloat16"), "xla", "none")
-  block = EncoderBlock(2, HIDDEN // WIDTH, compute)
+@pytest.mark.parametrize("remat", ["none", "elementwise", "blocks"])
+def test_blocks_take_the_kernels_in_training(request, remat):
+  compute = Compute(get_precision("bfloat16"), "xla", remat)
+  block = compute.remat_block(EncoderBlock)(2, HIDDEN // WIDTH, compute)
   x, gradient = draw(0, *ROWS, WIDTH), draw(1, *ROWS, WIDTH)
   leaves, tree = jax.tree.flatten(block.init(jax.random.key(0), x))
   params = tree.unflatten(
@@ -120,8 +122,9 @@ def test_blocks_take_the_kernel_in_training(request):
 
   expected = gradients()
   sizes = request.getfixturevalue("sizes")
+  jax.clear_caches()  # Of blocks that were traced without.
   assert_close(gradients(), expected)
-  assert sizes == 2 * [(*ROWS, WIDTH)]
+  assert set(sizes) == {(*ROWS, WIDTH)}
 
 
 def test_without_a_backward_pass_there_is_no_kernel(sizes):
@@ -131,19 +134,20 @@ def test_without_a_backward_pass_there_is_no_kernel(sizes):
 
 
 @pytest.mark.parametrize(
-  ("shape", "dtype", "sums"),
+  ("rows", "shape", "dtype", "sums"),
   [
-    ((WIDTH, 120), jnp.bfloat16, jnp.bfloat16),
-    ((72, HIDDEN), jnp.bfloat16, jnp.bfloat16),
-    ((WIDTH, HIDDEN), jnp.bfloat16, jnp.float32),
-    ((WIDTH, HIDDEN), jnp.float32, jnp.float32),
+    (8, (WIDTH, 120), jnp.bfloat16, jnp.bfloat16),
+    (8, (72, HIDDEN), jnp.bfloat16, jnp.bfloat16),
+    (3, (WIDTH, HIDDEN), jnp.bfloat16, jnp.bfloat16),
+    (8, (WIDTH, HIDDEN), jnp.bfloat16, jnp.float32),
+    (8, (WIDTH, HIDDEN), jnp.float32, jnp.float32),
   ],
 )
-def test_what_the_kernels_do_not_take(sizes, shape, dtype, sums):
+def test_what_the_kernels_do_not_take(sizes, rows, shape, dtype, sums):
   x, first, bias, second = (
     draw(number, *size).astype(dtype)
     for number, size in enumerate(
-      [(4, shape[0]), shape, shape[1:], shape[::-1]]
+      [(8, rows, shape[0]), shape, shape[1:], shape[::-1]]
     )
   )
   jax.grad(lambda x: multiply(x, first, bias, second, sums).sum())(x)
