@@ -249,7 +249,7 @@ def fold_norms(params: dict) -> dict:
     params: nested dictionary of arrays, with any layout of layers.
 
   Returns:
-    The same without these norms, in the same types; see `models.layers`.
+    The same without these norms, in the same types; see `models.blocks`.
   """
   if not isinstance(params, Mapping):
     return params

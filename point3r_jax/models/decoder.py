@@ -7,9 +7,9 @@ import flax.struct
 import jax
 
 from point3r_jax.config import ModelConfig
+from point3r_jax.models.blocks import DecoderBlock
 from point3r_jax.models.compute import Compute
 from point3r_jax.models.layers import (
-  DecoderBlock,
   attending,
   key_value,
   query_key_value,

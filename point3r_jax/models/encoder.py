@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from point3r_jax.models.blocks import EncoderBlock
 from point3r_jax.models.compute import Compute
-from point3r_jax.models.layers import EncoderBlock
 from point3r_jax.models.linear import Linear
 from point3r_jax.models.norms import layer_norm
 from point3r_jax.models.rotary import rotary_2d, surround_by_identity

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from point3r_jax.config import ModelConfig
+from point3r_jax.models.blocks import ModulatedBlock
 from point3r_jax.models.compute import Compute
 from point3r_jax.models.dpt import DenseHead
-from point3r_jax.models.layers import ModulatedBlock
 from point3r_jax.models.rotary import rotary_2d
 
 # Modulated blocks in front of the world head.

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from point3r_jax.config import ModelConfig
+from point3r_jax.models.blocks import DecoderBlock
 from point3r_jax.models.compute import Compute
-from point3r_jax.models.layers import DecoderBlock
 from point3r_jax.models.linear import Linear
 from point3r_jax.models.parameter import parameter
 

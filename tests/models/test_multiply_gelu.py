@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from point3r_jax.models import gelus, hopper_product
+from point3r_jax.models.blocks import EncoderBlock
 from point3r_jax.models.compute import Compute
 from point3r_jax.models.gelus import multiply_gelu
-from point3r_jax.models.layers import EncoderBlock
 from point3r_jax.models.linear import Factors
 from point3r_jax.models.row_kernels import gelu_slope
 from point3r_jax.precision import get_precision
@@ -185,3 +185,10 @@ def shapes(*shapes):
 def test_the_kernels_lower(kernel, operands, result):
   lowered = kernel.trace(*operands).lower(lowering_platforms=("cuda",))
   assert re.search(rf"@mosaic_gpu\S*\(.*-> \({result}\)", lowered.as_text())
+
+
+def test_few_instructions_make_the_same_gelu():
+  x = jnp.linspace(-6, 6, 1001)
+  found = hopper_product._gelu(x), hopper_product._slope(x)
+  expected = jax.nn.gelu(x, approximate=True), gelu_slope(x)
+  chex.assert_trees_all_close(found, expected, atol=2e-6)

@@ -12,7 +12,7 @@ from flax.errors import ScopeParamShapeError
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from point3r_jax.models import layers
+from point3r_jax.models import blocks
 from point3r_jax.models.attention import attention
 from point3r_jax.models.compute import Compute
 from point3r_jax.models.encoder import VisionTransformer, patchify
@@ -271,7 +271,7 @@ def test_cpus_sum_in_float32_what_is_not_kept(
 @pytest.mark.parametrize(("remat", "kept"), [("elementwise", 3), ("blocks", 0)])
 def test_a_block_keeps_what_attends_and_not_what_it_is_made_of(remat, kept):
   compute = Compute(get_precision("bfloat16"), remat=remat)
-  block = compute.remat_block(layers.EncoderBlock)(4, 4, compute)
+  block = compute.remat_block(blocks.EncoderBlock)(4, 4, compute)
   x = jnp.ones((2, 6, 64))
   table = rotary_2d((2, 3), 16)
   params = jax.eval_shape(block.init, jax.random.key(0), x, table)
@@ -290,7 +290,7 @@ def test_a_block_keeps_what_attends_and_not_what_it_is_made_of(remat, kept):
 )
 def test_attention_that_is_kept_does_not_run_again(remat, runs):
   compute = Compute(get_precision("bfloat16"), attention="hopper", remat=remat)
-  block = compute.remat_block(layers.EncoderBlock)(4, 4, compute)
+  block = compute.remat_block(blocks.EncoderBlock)(4, 4, compute)
   x = jnp.ones((2, 8, 64))
   params = jax.eval_shape(block.init, jax.random.key(0), x)
   gradient = jax.grad(lambda params: block.apply(params, x).sum())
@@ -311,7 +311,7 @@ def test_attention_that_is_kept_does_not_run_again(remat, runs):
 def test_what_is_computed_again_is_kept_apart(remat, scanned, apart):
   """From its first computation: the compiler would merge them."""
   compute = Compute(get_precision("float32"), remat=remat)
-  block = compute.remat_block(layers.EncoderBlock, scanned)(4, 4, compute)
+  block = compute.remat_block(blocks.EncoderBlock, scanned)(4, 4, compute)
   x = jnp.ones((2, 6, 64))
   table = rotary_2d((2, 3), 16)
   params = jax.eval_shape(block.init, jax.random.key(0), x, table)
@@ -399,7 +399,7 @@ class _Block(nn.Module):
   @nn.compact
   def __call__(self, x):
     """Normalises x."""
-    return layers._norm(self, "mlp_norm", x)[0]
+    return blocks._norm(self, "mlp_norm", x)[0]
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from point3r_jax.models import norms
-from point3r_jax.models.compute import Compute
-from point3r_jax.models.layers import (
+from point3r_jax.models.blocks import (
   DecoderBlock,
   EncoderBlock,
   ModulatedBlock,
 )
+from point3r_jax.models.compute import Compute
 from point3r_jax.params import fold_norms
 from point3r_jax.precision import get_precision
 
