@@ -1,0 +1,144 @@
+"""Kernels for Hopper GPUs, interpreted on a CPU, with a watch for races."""
+
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from point3r_jax.models import hopper_attention, hopper_product
+from point3r_jax.models.attention import attention
+from point3r_jax.models.hopper_attention import hopper_attention as attend
+from point3r_jax.models.hopper_attention_gradient import (
+  hopper_attention_gradient,
+)
+from point3r_jax.models.row_kernels import gelu_slope
+
+pytestmark = pytest.mark.skipif(
+  not hasattr(plgpu, "force_gpu_interpret_mode"),
+  reason="JAX before 0.12 does not interpret these",
+)
+
+MULTIPROCESSORS = 4
+
+
+class Sum:
+  """A sum in registers that products are added to."""
+
+  def __init__(self, value):
+    self.value = value
+
+
+def run_state(multiply):
+  """Does what `pallas.run_state` does with sums of products."""
+
+  def run(sums):
+    leaves, tree = jax.tree.flatten(
+      sums, is_leaf=lambda x: isinstance(x, plgpu.ACC)
+    )
+    totals = [Sum(x._init) for x in leaves]
+    multiply(tree.unflatten(totals))
+    return tree.unflatten([x.value for x in totals])
+
+  return run
+
+
+def add_product(wgmma, total, x, y):
+  """Adds a product to a sum, whose first factor may be in registers, too."""
+  if not isinstance(total, Sum):
+    return wgmma(total, x, y)
+  x, y = (z if isinstance(z, jax.Array) else z[...] for z in (x, y))
+  plgpu.commit_smem()  # Unlike matrix units, loads have to be fenced.
+  total.value += jnp.dot(x, y, preferred_element_type=jnp.float32)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  """Interprets kernels, for few multiprocessors."""
+  for module in (hopper_attention, hopper_product):
+    monkeypatch.setattr(module, "multiprocessors", lambda: MULTIPROCESSORS)
+  # The interpreter does not know what these are made of.
+  monkeypatch.setattr(
+    hopper_product, "_sum_rows", lambda x, scratch: x.sum(axis=0)
+  )
+  monkeypatch.setattr(pl, "run_state", run_state)
+  product = functools.partial(add_product, plgpu.wgmma)
+  monkeypatch.setattr(plgpu, "wgmma", product)
+  params = plgpu.InterpretGPUParams(detect_races=True)
+  with plgpu.force_gpu_interpret_mode(params):
+    yield
+
+
+def draw(number, *shape):
+  x = jax.random.normal(jax.random.key(number), shape)
+  return x.astype(jnp.bfloat16)
+
+
+def wide(*arrays):
+  return [x.astype(jnp.float32) for x in arrays]
+
+
+def assert_close(found, expected, tolerance=0.01):
+  found, expected = np.float32(found), np.float32(expected)
+  error = np.linalg.norm(found - expected)
+  assert error < tolerance * np.linalg.norm(expected)
+
+
+# Tiles of three rows of clusters, the last one beyond the rows; one tile.
+@pytest.mark.parametrize(
+  ("rows", "depth", "columns"), [((2, 264), 128, 256), ((1, 8), 64, 128)]
+)
+def test_gelus_within_products(interpreted, rows, depth, columns):
+  x, bias = draw(0, *rows, depth), draw(1, 1, columns)
+  kernel = draw(2, 1, depth, columns) / 8
+  result, product = hopper_product.product_gelu.__wrapped__(x, kernel, bias)
+  x, kernel, bias = wide(x, kernel[0], bias[0])
+  expected = x @ kernel + bias
+  assert_close(product, expected)
+  assert_close(result, jax.nn.gelu(expected))
+
+
+@pytest.mark.parametrize(
+  ("rows", "depth", "columns"), [((2, 264), 128, 256), ((1, 8), 64, 128)]
+)
+def test_gradients_of_gelus_within_products(interpreted, rows, depth, columns):
+  gradient, x = draw(0, *rows, depth), draw(1, *rows, columns)
+  kernel = draw(2, 1, columns, depth)
+  result, sums = hopper_product.gelu_gradient_product.__wrapped__(
+    gradient, kernel, x
+  )
+  gradient, kernel, x = wide(gradient, kernel[0], x)
+  expected = gradient @ kernel.T * gelu_slope(x)
+  assert_close(result, expected)
+  assert_close(sums.sum(axis=0), expected.sum(axis=(0, 1)))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+  ("tokens", "channels", "lengths"),
+  [((200, 136), 64, (136, 3)), ((72, 264), 48, (257, 264))],
+)
+def test_attention(interpreted, tokens, channels, lengths, training):
+  queries, keys = tokens
+  query = draw(0, 2, queries, 3, channels)
+  key, value = (draw(i, 2, keys, 3, channels) for i in (1, 2))
+  lengths = jnp.array(lengths, jnp.int32)
+  every = jnp.full(2, queries, jnp.int32)
+  kernel = functools.partial(attend.__wrapped__, keep_log_sum=training)
+  result = kernel(query, key, value, every, lengths)
+  exact = functools.partial(attention, key_length=lengths, implementation="xla")
+  expected, pullback = jax.vjp(exact, *wide(query, key, value))
+  if not training:
+    assert_close(result, expected)
+    return
+  result, log_sum = result
+  assert_close(result, expected)
+  gradient = draw(3, *query.shape)
+  found = hopper_attention_gradient.__wrapped__(
+    query, key, value, lengths, result, log_sum, gradient
+  )
+  for one, other in zip(found, pullback(*wide(gradient)), strict=True):
+    assert_close(one, other)
