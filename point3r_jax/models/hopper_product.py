@@ -286,7 +286,11 @@ def _gelu_kernel(
   result_tiles,
   **own,
 ):
-  """References in global memory, then tiles for each warpgroup, barriers."""
+  """Multiplies rows x, adds the bias, and takes the GELU.
+
+  References in global memory, then for each warpgroup: room for a tile's bias,
+  a barrier for when it is there, room for half of a tile's results.
+  """
 
   def begin(warpgroup, column):
     plgpu.copy_gmem_to_smem(
@@ -316,7 +320,11 @@ def _gelu_kernel(
 def _gelu_gradient_kernel(
   gradient, kernel, x, result, sums, *, result_tiles, scratch, **own
 ):
-  """References in global memory, then tiles for each warpgroup."""
+  """Multiplies rows of a gradient, and by slopes at x; sums tiles' rows.
+
+  References in global memory, then for each warpgroup: room for half of a
+  tile's results, and for what is summed.
+  """
 
   def last(row, column):
     return tuple(x.at[_span(row), _span(column, number)] for number in range(2))
