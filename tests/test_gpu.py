@@ -292,14 +292,17 @@ def test_products_with_gelus_equal_xla(monkeypatch, rows, width, hidden):
       strict=True,
     )
   )
-  options = {"preferred_element_type": x.dtype}
 
   def run():
     def both(x, first, bias, second, gradient):
       def multiply(x, first, bias, second):
-        product = Factors(x, first, options)
+        product = Factors(x, first, x.dtype)
         return gelus.multiply_gelu(
-          product, second, bias=bias, dtype=x.dtype, **options
+          product,
+          second,
+          bias=bias,
+          dtype=x.dtype,
+          preferred_element_type=x.dtype,
         )
 
       result, pullback = jax.vjp(multiply, x, first, bias, second)

@@ -91,6 +91,7 @@ def _mlp(
     exact=compute.exact_gelu,
     sums=compute.inner_sums,
     finish=finish,
+    keep=compute.keeps_all,
     name="mlp",
   )
 

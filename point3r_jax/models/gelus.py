@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,28 +68,36 @@ add_bias_gelu.defvjp(_add_bias_gelu_forward, _add_bias_gelu_backward)
 
 
 def multiply_gelu(
-  y: Factors, kernel: jax.Array, *, bias: jax.Array, dtype: jnp.dtype, **options
+  y: Factors,
+  kernel: jax.Array,
+  *,
+  bias: jax.Array,
+  dtype: jnp.dtype,
+  keep: bool = True,
+  **options: Any,
 ) -> jax.Array:
   """Multiplies a product's GELU, see `add_bias_gelu`, by a matrix.
 
   On Hopper GPUs, with a backward pass to come, the GELU is made within the
-  product before, and its gradient within the product that it is of.
+  product before, and its gradient within the product that it is of; in 16 bits
+  products have no other precision.
 
   Args:
     y: (…, C).
     kernel: (C, K).
     bias: (C,) of y's type.
     dtype: to which the sum is rounded, and the GELU.
+    keep: whether the GELU is kept for a backward pass, not made again.
     **options: of `jnp.matmul`.
 
   Returns:
     (…, K) of the type that the options say.
   """
-  types = {jnp.dtype(x["preferred_element_type"]) for x in (y.options, options)}
-  types |= {x.dtype for x in (y.x, y.kernel, kernel)} | {jnp.dtype(dtype)}
-  half = types == {jnp.dtype(jnp.bfloat16)}
+  types = {y.preferred_element_type, options["preferred_element_type"], dtype}
+  types |= {x.dtype for x in (y.x, y.kernel, kernel)}
+  half = all(x == jnp.bfloat16 for x in types)
   if half and _suit_products(y.x, y.kernel, kernel):
-    return _multiply_gelu(y.x, y.kernel, bias, kernel)
+    return _multiply_gelu(keep, y.x, y.kernel, bias, kernel)
   return jnp.matmul(add_bias_gelu(y.multiply(), bias, dtype), kernel, **options)
 
 
@@ -98,31 +107,33 @@ def _suit_products(x: jax.Array, first: jax.Array, second: jax.Array) -> bool:
     return False
   from point3r_jax.models.hopper_product import suits
 
-  return suits(x.shape, first.shape[1]) and suits(
-    (*x.shape[:-1], second.shape[1]), second.shape[0]
-  )
+  of_result = *x.shape[:-1], second.shape[1]
+  return suits(x.shape, first.shape[1]) and suits(of_result, second.shape[0])
 
 
-@jax.custom_vjp
-def _multiply_gelu(x, first, bias, second):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _multiply_gelu(keep, x, first, bias, second):
+  del keep
   return add_bias_gelu(x @ first, bias, x.dtype) @ second
 
 
-def _multiply_gelu_forward(x, first, bias, second):
-  from point3r_jax.models.hopper_product import product_gelu
+def _multiply_gelu_forward(keep, x, first, bias, second):
+  from point3r_jax.models.hopper_gelus import product_gelu
 
   # A leading axis for `divide_batch`, as all devices have all of a matrix.
-  made = divide_batch(product_gelu)(x, first[None], bias[None])
-  hidden, y = (checkpoint_name(z, MULTIPLIED) for z in made)
-  return hidden @ second, (x, first, y, hidden, second)
+  hidden, y = divide_batch(product_gelu)(x, first[None], bias[None])
+  y = checkpoint_name(y, MULTIPLIED)
+  return hidden @ second, (x, first, y, hidden if keep else None, second)
 
 
-def _multiply_gelu_backward(saved, gradient):
-  from point3r_jax.models.hopper_product import gelu_gradient_product
+def _multiply_gelu_backward(keep, saved, gradient):
+  from point3r_jax.models.hopper_gelus import gelu_gradient_product
 
   x, first, y, hidden, second = saved
+  if not keep:
+    hidden = jax.nn.gelu(y, approximate=True)
   of_y, sums = divide_batch(gelu_gradient_product)(gradient, second[None], y)
-  _, pull = jax.vjp(functools.partial(jnp.matmul, hidden), second)
+  _, pull = jax.vjp(lambda second: hidden @ second, second)
   (of_second,) = pull(gradient)
   _, pull = jax.vjp(jnp.matmul, x, first)
   of_x, of_first = pull(of_y)

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from point3r_jax.models.compute import Compute
 from point3r_jax.models.gelus import gelu, multiply_gelu
 from point3r_jax.models.linear import (
+  Factors,
   Finish,
   Linear,
-  factors,
   leave_apart,
 )
 from point3r_jax.models.parts import Part, take_apart
@@ -34,6 +34,7 @@ class Mlp(nn.Module):
       `gelus.add_bias_gelu`.
     sums: see `Linear`.
     finish: of the last map, see `Linear`.
+    keep: whether the GELU is kept for a backward pass, see `multiply_gelu`.
   """
 
   hidden: int
@@ -44,6 +45,7 @@ class Mlp(nn.Module):
   exact: bool = True
   sums: jnp.dtype | None = None
   finish: Finish | None = None
+  keep: bool = True
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -61,8 +63,10 @@ class Mlp(nn.Module):
     )
     if self.exact:
       return output(gelu(hidden(x)), self.finish)
-    y, bias = hidden(x, leave_apart, factors)
-    multiply = functools.partial(multiply_gelu, bias=bias, dtype=self.dtype)
+    y, bias = hidden(x, leave_apart, Factors)
+    multiply = functools.partial(
+      multiply_gelu, bias=bias, dtype=self.dtype, keep=self.keep
+    )
     return output(y, self.finish, multiply)
 
 

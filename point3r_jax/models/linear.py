@@ -89,17 +89,19 @@ def add_constant(y: jax.Array, bias: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 class Factors(NamedTuple):
-  """A product that is yet to be made.
+  """A product that is yet to be made, with options of `jnp.matmul`.
 
   Attributes:
     x: (…, K).
     kernel: (K, C).
-    options: of `jnp.matmul`.
+    preferred_element_type: of the product.
+    precision: of it.
   """
 
   x: jax.Array
   kernel: jax.Array
-  options: dict[str, Any]
+  preferred_element_type: jnp.dtype
+  precision: str | None = None
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -108,12 +110,12 @@ class Factors(NamedTuple):
 
   def multiply(self) -> jax.Array:
     """Makes it."""
-    return jnp.matmul(self.x, self.kernel, **self.options)
-
-
-def factors(x: jax.Array, kernel: jax.Array, **options: Any) -> Factors:
-  """Does not multiply yet."""
-  return Factors(x, kernel, options)
+    return jnp.matmul(
+      self.x,
+      self.kernel,
+      precision=self.precision,
+      preferred_element_type=self.preferred_element_type,
+    )
 
 
 def leave_apart(

@@ -22,8 +22,11 @@ try:
 except ImportError:  # JAX means to drop it.
   triton = None
 
-# Rows of a norm's block, or that it takes at a time where columns are summed.
-# There are about as many of these blocks as an H200 has room for at a time.
+# All kernels take multiples of so many rows.
+_ROWS = 8
+
+# Rows of a norm's block, or that it takes at a time where columns are summed:
+# then there are at most so many blocks, as an H200 has room for at a time.
 _NORM_ROWS = 4
 _NORM_BLOCKS = 528
 
@@ -33,7 +36,7 @@ _SPREAD_CHANNELS = 1024
 # Rows of a GELU's block, whose columns are summed, and how many rows and
 # channels it takes at a time.
 _GELU_BLOCK = 64
-_GELU_TILE = (8, 256)
+_GELU_TILE = (_ROWS, 256)
 
 # The most rows of a map's block, and its channels.
 _MAP_ROWS = 64
@@ -42,8 +45,8 @@ MAP_CHANNELS = 128
 # The least compute capability that Triton multiplies bfloat16 for.
 _CAPABILITY = 8.0
 
-# GELU's form with tanh: x·Φ(x) with Φ(x) = ½(1 + tanh(A·(x + B·x³))).
-_A, _B = (2 / math.pi) ** 0.5, 0.044715
+# GELU's form with tanh: x·Φ(x), Φ(x) = ½(1 + tanh(SCALE·(x + CUBIC·x³))).
+GELU_SCALE, GELU_CUBIC = (2 / math.pi) ** 0.5, 0.044715
 
 
 def suit_rows(
@@ -64,7 +67,7 @@ def suit_rows(
     and capability.replace(".", "").isdigit()
     and float(capability) >= _CAPABILITY
     and dtype == jnp.bfloat16
-    and math.prod(shape[:-1]) % _GELU_TILE[0] == 0
+    and math.prod(shape[:-1]) % _ROWS == 0
     and shape[-1] % width == 0
   )
 
@@ -77,10 +80,10 @@ def compiler_params() -> triton.CompilerParams:
 def _flatten(*arrays: jax.Array) -> list[jax.Array]:
   """Makes (n, C) of arrays (…, C); raises ValueError unless n is in eights."""
   flat = [x.reshape(-1, x.shape[-1]) for x in arrays]
-  rows, height = len(flat[0]), _GELU_TILE[0]
-  if rows % height:  # `suit_rows` sees those of all devices of a mesh.
+  rows = len(flat[0])
+  if rows % _ROWS:  # `suit_rows` sees those of all devices of a mesh.
     raise ValueError(
-      f"kernels over rows take a multiple of {height} of them on each device, "
+      f"kernels over rows take a multiple of {_ROWS} of them on each device, "
       f"got {rows}; give each device more samples"
     )
   return flat
@@ -280,7 +283,7 @@ def normalize_rows_gradient_sums(
   shape = y.shape
   y, gradient, residual = _flatten(y, gradient, residual)
   rows, channels = y.shape
-  height, count = _GELU_TILE[0], sum(wanted)
+  height, count = _ROWS, sum(wanted)
   while pl.cdiv(rows, height) > _NORM_BLOCKS:
     height *= 2
   blocks = pl.cdiv(rows, height)
@@ -309,8 +312,8 @@ def normalize_rows_gradient_sums(
 def gelu_slope(x: jax.Array) -> jax.Array:
   """Derivative of GELU's form with tanh, of x float32 of any shape."""
   # ½(1 + tanh(z)) is the logistic function of 2z.
-  normal = jax.nn.sigmoid(2 * _A * (x + _B * x * x * x))
-  steepness = 2 * _A * (1 + 3 * _B * x * x)
+  normal = jax.nn.sigmoid(2 * GELU_SCALE * (x + GELU_CUBIC * x * x * x))
+  steepness = 2 * GELU_SCALE * (1 + 3 * GELU_CUBIC * x * x)
   return normal * (1 + x * steepness * (1 - normal))
 
 

@@ -97,3 +97,25 @@ def test_biases_have_the_gradients_of_float32(summed, block, folded, remat):
     assert found[path].dtype == x.dtype
     assert np.abs(found[path] - x).max() < 0.015 * largest, path
     assert np.abs(x).max() > 0.02 * largest or "key" in path
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_streams_have_norms_of_their_own(monkeypatch, block):
+  """In float32, and without sums of gradients, which are not to come."""
+
+  def refuse(*_):
+    raise AssertionError
+
+  monkeypatch.setattr(norms, "_normalize", refuse)
+  inputs = [jnp.zeros(shape, jnp.bfloat16) for shape in BLOCKS[block][0]]
+  module = block(2, 2, Compute(get_precision("bfloat16"), "xla"))
+  params = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+  jax.eval_shape(
+    lambda params: module.apply({"params": fold_norms(params)}, *inputs), params
+  )
+  training = block(2, 2, Compute(get_precision("bfloat16"), "xla", "none"))
+  with pytest.raises(AssertionError):
+    jax.eval_shape(
+      lambda params: training.apply({"params": fold_norms(params)}, *inputs),
+      params,
+    )

@@ -1,4 +1,8 @@
-"""Kernels for Hopper GPUs, interpreted on a CPU, with a watch for races."""
+"""Kernels for Hopper GPUs, interpreted on a CPU, with a watch for races.
+
+There matrix units read at once, and blocks do not end: only a GPU could show
+that a place is given back too early to these, or a cluster ends too early.
+"""
 
 import functools
 
@@ -9,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from point3r_jax.models import hopper_attention, hopper_product
+from point3r_jax.models import hopper_attention, hopper_gelus, hopper_product
 from point3r_jax.models.attention import attention
 from point3r_jax.models.hopper_attention import hopper_attention as attend
 from point3r_jax.models.hopper_attention_gradient import (
@@ -62,7 +66,7 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(module, "multiprocessors", lambda: MULTIPROCESSORS)
   # The interpreter does not know what these are made of.
   monkeypatch.setattr(
-    hopper_product, "_sum_rows", lambda x, scratch: x.sum(axis=0)
+    hopper_gelus, "_sum_rows", lambda x, scratch: x.sum(axis=0)
   )
   monkeypatch.setattr(pl, "run_state", run_state)
   product = functools.partial(add_product, plgpu.wgmma)
@@ -94,7 +98,7 @@ def assert_close(found, expected, tolerance=0.01):
 def test_gelus_within_products(interpreted, rows, depth, columns):
   x, bias = draw(0, *rows, depth), draw(1, 1, columns)
   kernel = draw(2, 1, depth, columns) / 8
-  result, product = hopper_product.product_gelu.__wrapped__(x, kernel, bias)
+  result, product = hopper_gelus.product_gelu.__wrapped__(x, kernel, bias)
   x, kernel, bias = wide(x, kernel[0], bias[0])
   expected = x @ kernel + bias
   assert_close(product, expected)
@@ -107,7 +111,7 @@ def test_gelus_within_products(interpreted, rows, depth, columns):
 def test_gradients_of_gelus_within_products(interpreted, rows, depth, columns):
   gradient, x = draw(0, *rows, depth), draw(1, *rows, columns)
   kernel = draw(2, 1, columns, depth)
-  result, sums = hopper_product.gelu_gradient_product.__wrapped__(
+  result, sums = hopper_gelus.gelu_gradient_product.__wrapped__(
     gradient, kernel, x
   )
   gradient, kernel, x = wide(gradient, kernel[0], x)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from point3r_jax.models import gelus, hopper_product
+from point3r_jax.models import gelus, hopper_gelus, hopper_product
 from point3r_jax.models.blocks import EncoderBlock
 from point3r_jax.models.compute import Compute
 from point3r_jax.models.gelus import multiply_gelu
@@ -34,13 +34,12 @@ def operands():
 
 def multiply(x, first, bias, second, sums=None):
   """Multiplies, in sums of some type, x's by default."""
-  options = {"preferred_element_type": sums or x.dtype}
   return multiply_gelu(
-    Factors(x, first, {"preferred_element_type": x.dtype}),
+    Factors(x, first, x.dtype),
     second,
     bias=bias,
     dtype=x.dtype,
-    **options,
+    preferred_element_type=sums or x.dtype,
   )
 
 
@@ -76,8 +75,8 @@ def sizes(monkeypatch):
   sizes = []
   monkeypatch.setattr(gelus, "compute_capability", lambda: "9.0")
   for kernel in (product_gelu, gelu_gradient_product):
-    stand_in = functools.partial(kernel, sizes)
-    monkeypatch.setattr(hopper_product, kernel.__name__, stand_in)
+    stand_in = functools.wraps(kernel)(functools.partial(kernel, sizes))
+    monkeypatch.setattr(hopper_gelus, kernel.__name__, jax.jit(stand_in))
   return sizes
 
 
@@ -106,8 +105,14 @@ def test_a_mesh_splits_rows_alone(sizes):
   assert sizes[-1] == (ROWS[0] // len(jax.devices()), ROWS[1], WIDTH)
 
 
-@pytest.mark.parametrize("remat", ["none", "elementwise", "blocks"])
-def test_blocks_take_the_kernels_in_training(request, remat):
+@pytest.mark.parametrize(
+  ("remat", "kept", "runs"),
+  [("none", 2, 1), ("elementwise", 1, 1), ("blocks", 0, 2)],
+)
+def test_blocks_take_the_kernels_in_training(
+  request, capsys, remat, kept, runs
+):
+  """And keep a product and its GELU, the product alone, or neither."""
   compute = Compute(get_precision("bfloat16"), "xla", remat)
   block = compute.remat_block(EncoderBlock)(2, HIDDEN // WIDTH, compute)
   x, gradient = draw(0, *ROWS, WIDTH), draw(1, *ROWS, WIDTH)
@@ -116,15 +121,20 @@ def test_blocks_take_the_kernels_in_training(request, remat):
     [0.3 * draw(i, *leaf.shape) for i, leaf in enumerate(leaves)]
   )
 
-  def gradients():
+  def gradients(params, x):
     _, pullback = jax.vjp(block.apply, params, x)
     return jax.tree.leaves(pullback(gradient))
 
-  expected = gradients()
+  expected = gradients(params, x)
   sizes = request.getfixturevalue("sizes")
   jax.clear_caches()  # Of blocks that were traced without.
-  assert_close(gradients(), expected)
+  assert_close(gradients(params, x), expected)
   assert set(sizes) == {(*ROWS, WIDTH)}
+  program = str(jax.make_jaxpr(gradients)(params, x))
+  assert program.count("name=product_gelu") == runs
+  jax.ad_checkpoint.print_saved_residuals(block.apply, params, x)
+  hidden = f"bf16[{ROWS[0]},{ROWS[1]},{HIDDEN}]"
+  assert capsys.readouterr().out.count(hidden) == kept
 
 
 def test_without_a_backward_pass_there_is_no_kernel(sizes):
@@ -134,20 +144,23 @@ def test_without_a_backward_pass_there_is_no_kernel(sizes):
 
 
 @pytest.mark.parametrize(
-  ("rows", "shape", "dtype", "sums"),
+  ("rows", "widths", "dtype", "sums"),
   [
-    (8, (WIDTH, 120), jnp.bfloat16, jnp.bfloat16),
-    (8, (72, HIDDEN), jnp.bfloat16, jnp.bfloat16),
-    (3, (WIDTH, HIDDEN), jnp.bfloat16, jnp.bfloat16),
-    (8, (WIDTH, HIDDEN), jnp.bfloat16, jnp.float32),
-    (8, (WIDTH, HIDDEN), jnp.float32, jnp.float32),
+    ((8, 8), (WIDTH, 120, WIDTH), jnp.bfloat16, jnp.bfloat16),
+    ((8, 8), (72, HIDDEN, WIDTH), jnp.bfloat16, jnp.bfloat16),
+    ((8, 8), (WIDTH, HIDDEN, 40), jnp.bfloat16, jnp.bfloat16),
+    ((8, 3), (WIDTH, HIDDEN, WIDTH), jnp.bfloat16, jnp.bfloat16),
+    ((8,), (WIDTH, HIDDEN, WIDTH), jnp.bfloat16, jnp.bfloat16),
+    ((8, 8), (WIDTH, HIDDEN, WIDTH), jnp.bfloat16, jnp.float32),
+    ((8, 8), (WIDTH, HIDDEN, WIDTH), jnp.float32, jnp.bfloat16),
+    ((8, 8), (WIDTH, HIDDEN, WIDTH), jnp.float32, jnp.float32),
   ],
 )
-def test_what_the_kernels_do_not_take(sizes, rows, shape, dtype, sums):
+def test_what_the_kernels_do_not_take(sizes, rows, widths, dtype, sums):
   x, first, bias, second = (
     draw(number, *size).astype(dtype)
     for number, size in enumerate(
-      [(8, rows, shape[0]), shape, shape[1:], shape[::-1]]
+      [(*rows, widths[0]), widths[:2], widths[1:2], widths[1:]]
     )
   )
   jax.grad(lambda x: multiply(x, first, bias, second, sums).sum())(x)
@@ -157,10 +170,10 @@ def test_what_the_kernels_do_not_take(sizes, rows, shape, dtype, sums):
 def test_the_kernels_have_the_registers_that_they_ask_for():
   """More would be waited for without an end."""
   computing, fetching = hopper_product._REGISTERS
-  warpgroups = hopper_product._COMPUTING + 1
+  warpgroups = hopper_product.COMPUTING + 1
   at_first = 65536 // (128 * warpgroups) // 8 * 8
   most = warpgroups * at_first
-  assert hopper_product._COMPUTING * computing + fetching <= most
+  assert hopper_product.COMPUTING * computing + fetching <= most
 
 
 def shapes(*shapes):
@@ -171,12 +184,12 @@ def shapes(*shapes):
   ("kernel", "operands", "result"),
   [
     (
-      hopper_product.product_gelu,
+      hopper_gelus.product_gelu,
       shapes((2, 200, 128), (1, 128, 256), (1, 256)),
       "tensor<400x256xbf16>, tensor<400x256xbf16>",
     ),
     (  # Sums of two pairs of tiles of rows.
-      hopper_product.gelu_gradient_product,
+      hopper_gelus.gelu_gradient_product,
       shapes((2, 200, 128), (1, 256, 128), (2, 200, 256)),
       "tensor<400x256xbf16>, tensor<4x256xf32>",
     ),
@@ -189,6 +202,6 @@ def test_the_kernels_lower(kernel, operands, result):
 
 def test_few_instructions_make_the_same_gelu():
   x = jnp.linspace(-6, 6, 1001)
-  found = hopper_product._gelu(x), hopper_product._slope(x)
+  found = hopper_gelus._gelu(x), hopper_gelus._slope(x)
   expected = jax.nn.gelu(x, approximate=True), gelu_slope(x)
   chex.assert_trees_all_close(found, expected, atol=1e-5)

@@ -75,14 +75,16 @@ def test_norms_by_rows(request, dtype):
 # A block of them, several, and a last one that is not whole.
 @pytest.mark.parametrize("rows", [8, 64, 200])
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("channels", [CHANNELS, 2 * CHANNELS])
 def test_norms_by_rows_sum_gradients_of_biases(
-  request, monkeypatch, rows, wanted
+  request, monkeypatch, rows, wanted, channels
 ):
+  """Of parts that are summed at once, too, which the wider rows have."""
   monkeypatch.setattr(row_kernels, "_NORM_BLOCKS", 3)
-  shape = (1, rows, CHANNELS)
+  shape = (1, rows, channels)
   x, types = draw(0, shape), (jnp.float32, jnp.bfloat16)
   biases = tuple(
-    draw(number, (CHANNELS,), dtype) if want else None
+    draw(number, (channels,), dtype) if want else None
     for number, (want, dtype) in enumerate(zip(wanted, types, strict=True))
   )
   gradients = draw(1, shape), draw(2, shape)
