@@ -50,7 +50,7 @@ def _slope(x: jax.Array) -> jax.Array:
 def _sum_rows(x: jax.Array, scratch: plgpu.SMEM) -> jax.Array:
   """Sums a tile's rows, by way of shared memory of the warpgroup's own.
 
-  Pallas would have all warpgroups take turns in one place, but not wait.
+  Pallas has one place for all warpgroups, which do not wait for each other.
   """
 
   @plgpu.inline_mgpu(

@@ -34,7 +34,7 @@ from point3r_jax.models.hopper import (
 SIDE = 128
 DEPTH = 64
 _STAGES = 6
-# Half of a tile's columns, as wide as a step, whose places x may come in.
+# Half of a tile's columns: as wide as a step, where such a half may come, too.
 HALF = SIDE // 2
 # What is copied between memories comes in multiples of so many rows.
 _ROWS = 8
