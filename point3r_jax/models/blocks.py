@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from point3r_jax.models.compute import Compute
 from point3r_jax.models.layers import CrossAttention, Mlp, SelfAttention
 from point3r_jax.models.linear import Finish, Linear, add_constant
-from point3r_jax.models.norms import layer_norm, normalize, sums_biases
+from point3r_jax.models.norms import layer_norm, normalize
 from point3r_jax.models.parameter import parameter
 from point3r_jax.models.rotary import RotaryTable
 
@@ -45,7 +45,7 @@ def _biases(
   Returns:
     How these linear maps are to be finished, and what `normalize` is given.
   """
-  if _is_affine(block, norm) or not sums_biases(block.compute):
+  if _is_affine(block, norm) or not block.compute.trains_in_16_bits:
     return None, {}
   biases = {
     place: block.get_variable("params", part)[name]["bias"]

@@ -73,6 +73,11 @@ class Compute:
     return self.remat is None
 
   @property
+  def trains_in_16_bits(self) -> bool:
+    """Whether a backward pass is to come, of operands that are rounded."""
+    return not self.forward_only and self.dtype != jnp.float32
+
+  @property
   def keeps_all(self) -> bool:
     """Whether nothing is computed again."""
     return self.remat in (None, "none")

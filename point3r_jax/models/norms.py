@@ -16,7 +16,6 @@ from point3r_jax.models.partition import divide_batch
 from point3r_jax.models.row_kernels import (
   normalize_rows,
   normalize_rows_gradient,
-  normalize_rows_gradient_sums,
   suit_rows,
 )
 
@@ -37,14 +36,9 @@ def layer_norm(
     dtype=jnp.float32,
     use_scale=affine,
     use_bias=affine,
-    use_fast_variance=not compute.forward_only and compute.dtype != jnp.float32,
+    use_fast_variance=compute.trains_in_16_bits,
     name=name,
   )
-
-
-def sums_biases(compute: Compute) -> bool:
-  """Says whether `normalize` gives gradients of biases."""
-  return not compute.forward_only and compute.dtype != jnp.float32
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -93,12 +87,9 @@ def _normalize_backward(dtype, saved, gradients):
 
 def _gradient_by_kernel(y, scale, gradient, residual, wanted):
   """Returns the gradient of x and the sums (C,) of it, of the residual's."""
-  operands = y, scale, gradient, residual
-  if not any(wanted):
-    return divide_batch(normalize_rows_gradient)(*operands), ()
-  kernel = functools.partial(normalize_rows_gradient_sums, wanted=wanted)
-  of_x, sums = divide_batch(kernel)(*operands)
-  return of_x, sum_blocks(sums)
+  kernel = functools.partial(normalize_rows_gradient, wanted=wanted)
+  of_x, sums = divide_batch(kernel)(y, scale, gradient, residual)
+  return of_x, [total for x in sums for total in sum_blocks(x)]
 
 
 def _gradient_by_xla(y, scale, gradient, residual, wanted):
@@ -126,10 +117,10 @@ def normalize(
   Computed in float32. In training its result is of the policy's type, otherwise
   float32.
 
-  Of biases only the gradients are made here, if `sums_biases`: sums over rows
-  of what the norm's gradient reads and writes anyway. They are right if x is
-  read by this norm alone, and x to go on with by the sum alone; who adds them
-  adds constants (`linear.add_constant`).
+  Of biases only the gradients are made here, in training in 16 bits: sums over
+  rows of what the norm's gradient reads and writes anyway. They are right if x
+  is read by this norm alone, and x to go on with by the sum alone; who adds
+  them adds constants (`linear.add_constant`).
 
   Args:
     compute: precision, and whether a backward pass is to come.
@@ -141,6 +132,6 @@ def normalize(
     The normalised x, and x to go on with: in training the gradients of both are
     then added up in one kernel.
   """
-  if not sums_biases(compute):
+  if not compute.trains_in_16_bits:
     return layer_norm(compute, affine=False)(x), x
   return _normalize(x, (before, after), compute.dtype)

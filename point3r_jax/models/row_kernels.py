@@ -143,11 +143,6 @@ def _normalize_tile_gradient(y, scale, gradient, residual, result, at):
   return of_x, residuals
 
 
-def _normalize_gradient_kernel(*references):
-  """The same backward; references of `_normalize_tile_gradient`."""
-  _normalize_tile_gradient(*references, slice(None))
-
-
 def _sum_tile(part: jax.Array) -> jax.Array:
   """Sums rows (n, c) if they are so wide that a thread has some of each.
 
@@ -156,8 +151,14 @@ def _sum_tile(part: jax.Array) -> jax.Array:
   return part.sum(axis=0) if part.shape[1] >= _SPREAD_CHANNELS else part
 
 
-def _normalize_gradient_sums_kernel(*references, rows, wanted):
-  """The same and sums; references of a tile's, and of sums (1, k, C)."""
+def _normalize_gradient_kernel(*references, rows, wanted):
+  """The same of a block, and sums (1, k, C) of what is wanted, if anything is.
+
+  References of `_normalize_tile_gradient`, and of the sums.
+  """
+  if not any(wanted):
+    _normalize_tile_gradient(*references, slice(None))
+    return
   *references, sums = references
   block, channels = references[0].shape
   left, parts = rows - pl.program_id(0) * block, _parts(channels)
@@ -227,8 +228,9 @@ def normalize_rows_gradient(
   scale: jax.Array,
   gradient: jax.Array,
   residual: jax.Array,
+  wanted: tuple[bool, bool] = (False, False),
   interpret: bool = False,
-) -> jax.Array:
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   """Returns the gradient of what was normalised and went on as it was.
 
   Args:
@@ -236,77 +238,39 @@ def normalize_rows_gradient(
     scale: (…) of `normalize_rows`.
     gradient: of y.
     residual: (…, C), gradient of what went on.
+    wanted: whether the result is summed, and whether `residual` is.
     interpret: whether to run without a GPU.
 
   Returns:
-    (…, C) in the type of `residual`.
+    (…, C) in the type of `residual`; and, if any are wanted, k sums over blocks
+    of rows (blocks, k, C) float32, that of the result taken before it was
+    rounded.
   """
-  shape = y.shape
+  shape, count = y.shape, sum(wanted)
   y, gradient, residual = _flatten(y, gradient, residual)
   rows, channels = y.shape
-  block, scales = _norm_specs(channels)
-  of_x = pl.pallas_call(
-    _normalize_gradient_kernel,
-    grid=(rows // _NORM_ROWS,),
+  height = _ROWS if count else _NORM_ROWS
+  while count and pl.cdiv(rows, height) > _NORM_BLOCKS:
+    height *= 2
+  blocks = pl.cdiv(rows, height)
+  block, scales = _norm_specs(channels, height)
+  out_specs = [block]
+  out_shape = [jax.ShapeDtypeStruct(y.shape, residual.dtype)]
+  if count:
+    size = count, channels
+    out_specs.append(pl.BlockSpec((1, *size), lambda i: (i, 0, 0)))
+    out_shape.append(jax.ShapeDtypeStruct((blocks, *size), jnp.float32))
+  of_x, *sums = pl.pallas_call(
+    functools.partial(_normalize_gradient_kernel, rows=rows, wanted=wanted),
+    grid=(blocks,),
     in_specs=[block, scales, block, block],
-    out_specs=block,
-    out_shape=jax.ShapeDtypeStruct(y.shape, residual.dtype),
+    out_specs=out_specs,
+    out_shape=out_shape,
     compiler_params=compiler_params(),
     name="normalize_rows_gradient",
     interpret=interpret,
   )(y, scale.reshape(-1), gradient, residual)
-  return of_x.reshape(shape)
-
-
-def normalize_rows_gradient_sums(
-  y: jax.Array,
-  scale: jax.Array,
-  gradient: jax.Array,
-  residual: jax.Array,
-  wanted: tuple[bool, bool],
-  interpret: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-  """The same as `normalize_rows_gradient`, and sums over blocks of rows.
-
-  Args:
-    y: (…, C) and
-    scale: (…) of `normalize_rows`.
-    gradient: of y.
-    residual: (…, C), gradient of what went on.
-    wanted: whether the result is summed, and whether `residual` is; one is.
-    interpret: whether to run without a GPU.
-
-  Returns:
-    (…, C) in the type of `residual`, and the k sums that are wanted (blocks, k,
-    C) float32, that of the result taken before it was rounded.
-  """
-  shape = y.shape
-  y, gradient, residual = _flatten(y, gradient, residual)
-  rows, channels = y.shape
-  height, count = _ROWS, sum(wanted)
-  while pl.cdiv(rows, height) > _NORM_BLOCKS:
-    height *= 2
-  blocks = pl.cdiv(rows, height)
-  block, scales = _norm_specs(channels, height)
-  of_x, sums = pl.pallas_call(
-    functools.partial(
-      _normalize_gradient_sums_kernel, rows=rows, wanted=wanted
-    ),
-    grid=(blocks,),
-    in_specs=[block, scales, block, block],
-    out_specs=(
-      block,
-      pl.BlockSpec((1, count, channels), lambda i: (i, 0, 0)),
-    ),
-    out_shape=(
-      jax.ShapeDtypeStruct(y.shape, residual.dtype),
-      jax.ShapeDtypeStruct((blocks, count, channels), jnp.float32),
-    ),
-    compiler_params=compiler_params(),
-    name="normalize_rows_gradient_sums",
-    interpret=interpret,
-  )(y, scale.reshape(-1), gradient, residual)
-  return of_x.reshape(shape), sums
+  return of_x.reshape(shape), tuple(sums)
 
 
 def gelu_slope(x: jax.Array) -> jax.Array:

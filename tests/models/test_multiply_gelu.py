@@ -53,17 +53,17 @@ def pull(*arrays):
 def product_gelu(sizes, x, kernel, bias):
   """Does what the GPU's kernel does."""
   sizes.append(x.shape)
-  wide = (z.astype(jnp.float32) for z in (x, kernel[0], bias[0]))
-  x_wide, kernel, bias = wide
-  y = x_wide @ kernel + bias
+  wide, kernel, bias = (z.astype(jnp.float32) for z in (x, kernel[0], bias[0]))
+  y = wide @ kernel + bias
   return jax.nn.gelu(y).astype(x.dtype), y.astype(x.dtype)
 
 
 def gelu_gradient_product(sizes, gradient, kernel, x):
   """The same, with sums over two blocks."""
   sizes.append(gradient.shape)
-  wide = (z.astype(jnp.float32) for z in (gradient, kernel[0], x))
-  gradient, kernel, rows = wide
+  gradient, kernel, rows = (
+    z.astype(jnp.float32) for z in (gradient, kernel[0], x)
+  )
   of_x = (gradient @ kernel.T) * gelu_slope(rows)
   sums = of_x.reshape(2, -1, of_x.shape[-1]).sum(axis=1)
   return of_x.astype(x.dtype), sums
