@@ -92,6 +92,17 @@ def folder(tmp_path, monkeypatch, lowered_anew):
 
 
 @pytest.fixture(autouse=True)
+def gpus_for_their_tests(request):
+  """Skips tests that are marked for GPUs where there is none."""
+  if request.node.get_closest_marker("gpu") is None:
+    return
+  import jax
+
+  if jax.default_backend() != "gpu":
+    pytest.skip("no GPU")
+
+
+@pytest.fixture(autouse=True)
 def own_logging():
   """Takes away what a program logs to: the test's stderr, which is closed."""
   root = logging.getLogger()
