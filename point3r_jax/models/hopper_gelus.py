@@ -14,13 +14,14 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from point3r_jax.models.hopper import TILE, barriers
+from point3r_jax.models.hopper import TILE
 from point3r_jax.models.hopper_product import (
   BLOCKS,
   COMPUTING,
   DEPTH,
   HALF,
   SIDE,
+  bias_scratch,
   multiply_tiles,
   run,
   span,
@@ -63,49 +64,24 @@ def _sum_rows(x: jax.Array, scratch: plgpu.SMEM) -> jax.Array:
   return run(x, scratch)
 
 
-def _gelu_kernel(
-  x,
-  kernel,
-  bias,
-  result,
-  product,
-  *,
-  bias_tiles,
-  bias_ready,
-  result_tiles,
-  **own,
-):
+def _gelu_kernel(x, kernel, bias, result, product, *, result_tiles, **own):
   """Multiplies rows x, adds the bias, and takes the GELU.
 
-  References in global memory, then for each warpgroup: room for a tile's bias,
-  a barrier for when it is there, room for half of a tile's results.
+  References in global memory, then room for half of a tile's results for each
+  warpgroup.
   """
 
-  def begin(warpgroup, column):
-    plgpu.copy_gmem_to_smem(
-      bias.at[span(column)],
-      bias_tiles.at[warpgroup],
-      bias_ready.at[warpgroup],
-    )
-
   def finish(tile):
-    plgpu.barrier_wait(bias_ready.at[tile.warpgroup])
     for number in range(2):
-      columns = pl.ds(number * HALF, HALF)
       half = tile.half(number)
-      added = plgpu.layout_cast(bias_tiles[tile.warpgroup, columns], _COLUMN)
-      added = added.astype(jnp.float32)
-      half += lax.broadcast_in_dim(added, half.shape, [1])
       for value, to in ((half, product), (_gelu(half), result)):
-        tile.send(value, number, result_tiles, to)
+        tile.send(value, number, result_tiles, [to])
 
   def columns(column, depth):
     return kernel.at[depth, span(column)]
 
   across = kernel.shape[1] // SIDE
-  multiply_tiles(
-    x, across, columns, finish, begin=begin, transposed=False, **own
-  )
+  multiply_tiles(x, across, columns, finish, bias=bias, transposed=False, **own)
 
 
 def _gelu_gradient_kernel(
@@ -123,7 +99,7 @@ def _gelu_gradient_kernel(
   def finish(tile):
     for number, x_half in enumerate(tile.last):
       half = tile.half(number) * _slope(x_half.astype(jnp.float32))
-      tile.send(half, number, result_tiles, result)
+      tile.send(half, number, result_tiles, [result])
       total = _sum_rows(half, scratch.at[tile.warpgroup])
       sums[tile.row, span(tile.column, number)] = total
 
@@ -161,8 +137,7 @@ def product_gelu(
     columns,
     (DEPTH, SIDE),
     (result, result),
-    bias_tiles=plgpu.SMEM((COMPUTING, SIDE), x.dtype),
-    bias_ready=barriers(COMPUTING),
+    **bias_scratch(x.dtype),
   )
   return tuple(x.reshape(shape) for x in results)
 

@@ -8,7 +8,7 @@ cluster, whose tiles lie one below the other: what both need is fetched once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -69,7 +69,7 @@ class Tile(NamedTuple):
     warpgroup: that computes it.
     row: its place in the result, in tiles.
     column: the same.
-    total: (128, 128) float32, the product.
+    total: (128, 128) float32, the product, with the bias if there is one.
     last: halves (128, 64) of what came in a last step, if one did.
   """
 
@@ -84,16 +84,29 @@ class Tile(NamedTuple):
     first = number * HALF
     return lax.slice(self.total, (0, first), (SIDE, first + HALF))
 
-  def send(self, half: jax.Array, number: int, tiles: Any, to: Any) -> None:
-    """Sends half of the columns by way of shared memory, in order."""
+  def send(
+    self,
+    half: jax.Array,
+    number: int,
+    tiles: Any,
+    results: Sequence[Any],
+    which: jax.Array | int = 0,
+  ) -> None:
+    """Sends half of the columns by way of shared memory, in order.
+
+    To one of several results.
+    """
     tile = tiles.at[self.warpgroup]
     # Until the one before has left its place.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     tile[...] = half.astype(tile.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(
-      tile, to.at[span(self.row), span(self.column, number)]
-    )
+    for index, result in enumerate(results):
+      place = result.at[span(self.row), span(self.column, number)]
+
+      @pl.when(which == index)
+      def _(place=place):
+        plgpu.copy_smem_to_gmem(tile, place)
 
 
 def multiply_tiles(
@@ -103,7 +116,9 @@ def multiply_tiles(
   finish: Callable[[Tile], None],
   *,
   last: Callable[[jax.Array, jax.Array], tuple[Any, Any]] | None = None,
-  begin: Callable[[jax.Array, jax.Array], None] | None = None,
+  bias: Any = None,
+  bias_tiles: Any = None,
+  bias_ready: Any = None,
   transposed: bool,
   clusters: int,
   row_tiles: Any,
@@ -121,7 +136,9 @@ def multiply_tiles(
     finish: does the rest with a tile.
     last: where the halves of what else a tile needs are, of the shape of a
       step's rows and columns, by its row and column. They come as a last step.
-    begin: is called with warpgroup and column before a tile is computed.
+    bias: (columns,), reference, or None.
+    bias_tiles: shared memory for each warpgroup's part of it.
+    bias_ready: barriers: that has arrived.
     transposed: whether columns come as rows.
     clusters: how many there are.
     row_tiles: shared memory for each step in flight.
@@ -147,8 +164,10 @@ def multiply_tiles(
     number = turn * COMPUTING + warpgroup
     row, column = place(number)
     before = number * all_steps
-    if begin is not None:
-      begin(warpgroup, column)
+    if bias is not None:
+      own_bias = bias_tiles.at[warpgroup]
+      bias_arrived = bias_ready.at[warpgroup]
+      plgpu.copy_gmem_to_smem(bias.at[span(column)], own_bias, bias_arrived)
 
     def wait(step):
       here = slot(before + step, _STAGES)
@@ -175,6 +194,11 @@ def multiply_tiles(
       return total[...]
 
     total = pl.run_scoped(multiply, plgpu.ACC((SIDE, SIDE), jnp.float32))
+    if bias is not None:
+      plgpu.barrier_wait(bias_arrived)
+      added = plgpu.layout_cast(own_bias[...], TILE.reduce(0))
+      added = added.astype(jnp.float32)
+      total += lax.broadcast_in_dim(added, total.shape, [1])
     halves = ()
     if last is not None:
       here = wait(steps)
@@ -234,6 +258,14 @@ def multiply_tiles(
   # A block may not end while the other one still writes to it.
   plgpu.barrier_arrive(done)
   plgpu.barrier_wait(done)
+
+
+def bias_scratch(dtype: jnp.dtype) -> dict[str, Any]:
+  """Returns what `multiply_tiles` needs for a bias, see `run`."""
+  return {
+    "bias_tiles": plgpu.SMEM((COMPUTING, SIDE), dtype),
+    "bias_ready": barriers(COMPUTING),
+  }
 
 
 def run(

@@ -92,9 +92,9 @@ def attending(
     name=name,
   )
   values_stay = compute.forward_only
-  return linear(
-    x, functools.partial(take_apart, parts=parts, values_stay=values_stay)
-  )
+  finish = functools.partial(take_apart, parts=parts, values_stay=values_stay)
+  multiply = Factors if compute.trains_in_16_bits else jnp.matmul
+  return linear(x, finish, multiply)
 
 
 def _projection(compute: Compute, width: int, result: jnp.dtype) -> Linear:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from point3r_jax.models.linear import add_bias, sum_blocks
+from point3r_jax.models.gpus import HOPPER, compute_capability
+from point3r_jax.models.linear import Factors, add_bias, sum_blocks
 from point3r_jax.models.partition import divide_batch
 from point3r_jax.models.rotary import RotaryTable, apply_rotary
 from point3r_jax.models.rotary_kernels import join_gradients
@@ -32,7 +34,7 @@ class Part:
 
 
 def take_apart(
-  y: jax.Array,
+  y: jax.Array | Factors,
   bias: jax.Array,
   dtype: jnp.dtype,
   *,
@@ -42,7 +44,8 @@ def take_apart(
   """Finishes a product of P parts, see `linear.Finish`.
 
   On GPUs that have the kernel for its gradient (`suit_rows`), tables get none.
-  In 16 bits there is no forward-mode derivative.
+  In 16 bits there is no forward-mode derivative. Hopper GPUs take a product
+  that is yet to be made apart as they make it.
 
   Args:
     y: (B, N, P·D), the parts one after the other.
@@ -57,6 +60,11 @@ def take_apart(
     (B, N, P·heads, d).
   """
   parts = tuple(parts)
+  if isinstance(y, Factors):
+    if not values_stay and _suit_product(y, dtype, len(parts)):
+      forms, tables = _number_tables(parts)
+      return _multiply_apart(forms, y.x, y.kernel, bias, tables)
+    y = y.multiply()
   if not values_stay and y.dtype == dtype and suit_rows(y.shape, dtype):
     return _take_apart(y, bias, parts)
   return _rotated_parts(add_bias(y, bias).astype(dtype), parts, values_stay)
@@ -94,3 +102,60 @@ def _take_apart_backward(parts, gradients):
 
 
 _take_apart.defvjp(_take_apart_forward, _take_apart_backward)
+
+
+def _suit_product(y: Factors, dtype: jnp.dtype, parts: int) -> bool:
+  """Says whether there is a kernel for a product of so many parts."""
+  types = y.x.dtype, y.kernel.dtype, y.preferred_element_type, dtype
+  half = all(x == jnp.bfloat16 for x in types)
+  if not (half and suit_rows(y.shape, dtype) and compute_capability() == HOPPER):
+    return False
+  from point3r_jax.models.hopper_parts import suit_parts
+
+  return suit_parts(y.x.shape, y.kernel.shape[1], parts)
+
+
+def _number_tables(
+  parts: Sequence[Part],
+) -> tuple[tuple[tuple[int, int | None], ...], list[RotaryTable]]:
+  """Returns each part's heads and number of its table, and the tables."""
+  tables, forms = [], []
+  for part in parts:
+    number = None
+    if part.rotary is not None:
+      same = [i for i, table in enumerate(tables) if table is part.rotary]
+      tables += [] if same else [part.rotary]
+      number = same[0] if same else len(tables) - 1
+    forms.append((part.heads, number))
+  return tuple(forms), tables
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _multiply_apart(forms, x, kernel, bias, tables):
+  parts = tuple(
+    Part(heads, None if number is None else tables[number])
+    for heads, number in forms
+  )
+  return _take_apart(x @ kernel, bias, parts)
+
+
+def _multiply_apart_forward(forms, x, kernel, bias, tables):
+  from point3r_jax.models.hopper_parts import product_parts
+
+  # A leading axis for `divide_batch`, as all devices have all of a matrix.
+  multiply = divide_batch(functools.partial(product_parts, forms=forms))
+  taken = multiply(x, kernel[None], bias[None], tables)
+  return taken, (x, kernel, tables)
+
+
+def _multiply_apart_backward(forms, saved, gradients):
+  x, kernel, tables = saved
+  of_each = [
+    None if number is None else tables[number] for _, number in forms
+  ]
+  of_y, sums = divide_batch(join_gradients)(gradients, of_each)
+  _, pull = jax.vjp(jnp.matmul, x, kernel)
+  return *pull(of_y), sum_blocks(sums).astype(of_y.dtype), None
+
+
+_multiply_apart.defvjp(_multiply_apart_forward, _multiply_apart_backward)
