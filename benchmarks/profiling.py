@@ -7,6 +7,7 @@ import pathlib
 import re
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -66,28 +67,29 @@ def _events(folder: str) -> tuple[list[_Event], list[_Event]]:
   return kernels, host
 
 
-def profile(compiled: Any, state: Any, batch: Any) -> str:
+def profile(
+  step: Callable[..., tuple[Any, Any]], program: str, state: Any, batch: Any
+) -> str:
   """Profiles two steps; returns a table of milliseconds a step.
 
   XLA launches no CUDA graphs meanwhile, but kernel by kernel.
 
   Args:
-    compiled: a step that donates its state.
+    step: makes the next state of one, which it takes over, and a batch.
+    program: what XLA compiled of it, as text.
     state: to begin with; donated.
     batch: for both steps.
   """
   scopes = dict(
-    re.findall(
-      r"%?([\w.\-]+) = [^\n]*?op_name=\"([^\"]*)\"", compiled.as_text()
-    )
+    re.findall(r"%?([\w.\-]+) = [^\n]*?op_name=\"([^\"]*)\"", program)
   )
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
       started = time.perf_counter()
       for _ in range(_STEPS):
-        state, metrics = compiled(state, batch)
+        state, metrics = step(state, batch)
         jax.block_until_ready(metrics)
-      step = 1e3 * (time.perf_counter() - started) / _STEPS
+      waited = 1e3 * (time.perf_counter() - started) / _STEPS
     events, host = _events(folder)
   preparation = sum(x.ms for x in host if x.name == _PREPARATION) / _STEPS
   parts, kernels, launches = (collections.Counter() for _ in range(3))
@@ -101,7 +103,7 @@ def profile(compiled: Any, state: Any, batch: Any) -> str:
   busy = sum(parts.values())
   lines = [
     f"{busy:8.1f} ms in {sum(launches.values()):.0f} kernels",
-    f"{step - busy:8.1f} ms without; the host prepares for {preparation:.1f}",
+    f"{waited - busy:8.1f} ms without; the host prepares for {preparation:.1f}",
     *(
       f"{ms:8.1f} ms in {launches[part]:6.0f}: {part}"
       for part, ms in parts.most_common()

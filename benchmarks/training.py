@@ -15,6 +15,7 @@ without what is computed again. `--case tiny` runs on a CPU in minutes.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -29,7 +30,7 @@ from point3r_jax.gpu_options import load_kernels_at_the_start
 from point3r_jax.params import init_params, param_shapes
 from point3r_jax.training.experiment import Experiment, open_experiment
 from point3r_jax.training.plan import step_flops
-from point3r_jax.training.programs import compile_step
+from point3r_jax.training.programs import Metrics, compile_step
 from point3r_jax.training.sharding import batch_sharding
 from point3r_jax.training.step import FLAGS
 
@@ -128,6 +129,7 @@ def measure(experiment: Experiment, flags: argparse.Namespace) -> dict:
   )
   compile_seconds = time.perf_counter() - started
 
+  step = functools.partial(Metrics(experiment).step, compiled)
   state = experiment.maker.init(init_params(experiment.step.model))
   batch = random_batch(config.batch_size, config.views, image_size)
   flops = step_flops(
@@ -137,18 +139,18 @@ def measure(experiment: Experiment, flags: argparse.Namespace) -> dict:
   times, losses = [], []
   for _ in range(_WARMUP + flags.steps):
     started = time.perf_counter()
-    state, metrics = compiled(state, batch)
+    state, metrics = step(state, batch)
     losses.append(float(metrics["loss"]))
     times.append(time.perf_counter() - started)
   times = times[_WARMUP:]
   seconds = statistics.median(times)
   started = time.perf_counter()
   for _ in range(flags.steps):
-    state, metrics = compiled(state, batch)
+    state, metrics = step(state, batch)
   jax.block_until_ready(metrics)
   in_flight = (time.perf_counter() - started) / flags.steps
   if flags.profile:
-    print(profile(compiled, state, batch), flush=True)
+    print(profile(step, compiled.as_text(), state, batch), flush=True)
 
   device = jax.devices()[0]
   rate = flops / seconds / mesh.size

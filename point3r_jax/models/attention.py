@@ -205,12 +205,12 @@ def _hopper_backward(value_head, kept, gradient):
     hopper_attention_gradient,
   )
 
-  (query, key, value, _, key_length), output, log_sum = kept
+  (query, key, value, *lengths), output, log_sum = kept
   value, everywhere = jax.vjp(
     lambda x: x[:, :, value_head : value_head + query.shape[2]], value
   )
   of_query, of_key, of_value = divide_batch(hopper_attention_gradient)(
-    query, key, value, key_length, output, log_sum, gradient
+    query, key, value, *lengths, output, log_sum, gradient
   )
   return of_query, of_key, *everywhere(of_value), None, None
 

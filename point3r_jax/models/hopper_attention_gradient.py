@@ -25,10 +25,12 @@ from point3r_jax.models.hopper import (
   TILE,
   barriers,
   bind,
+  divide_up,
   shared_tiles,
   slot,
 )
 from point3r_jax.models.hopper_attention import ROWS, check_backward, quickest
+from point3r_jax.models.row_kernels import add_blocks, suit_rows
 
 # Steps, of as many queries as a warpgroup has rows, that are in flight; and how
 # many steps' gradients of scores there is room for.
@@ -66,6 +68,7 @@ _COLUMN = TILE.reduce(0)
 
 
 def _gradient_kernel(
+  query_length,
   key_length,
   query,
   key,
@@ -104,7 +107,7 @@ def _gradient_kernel(
   num_queries, channels = query.shape[1], query_tiles.shape[-1]
   scale = channels**-0.5
   first, keys = tile * form.keys, key_length[batch]
-  steps = jnp.where(first < keys, jnp.int32(pl.cdiv(num_queries, ROWS)), 0)
+  steps = jnp.where(first < keys, divide_up(query_length[batch], ROWS), 0)
   own = first + warpgroup * ROWS
   own_rows = pl.ds(own, ROWS)
   own_keys, own_values = key_tiles.at[warpgroup], value_tiles.at[warpgroup]
@@ -222,6 +225,20 @@ def _gradient_kernel(
   plgpu.barrier_wait(own_ready)
   zeros = plgpu.layout_cast(jnp.zeros((ROWS, channels), jnp.float32), TILE)
   totals = lax.fori_loop(0, steps, take_step, (zeros, zeros))
+  if of_query.shape[0] == 1:
+    # Nobody adds this to others', who would know what was not written.
+    plgpu.wait_smem_to_gmem(0)
+    own_result[...] = zeros.astype(own_result.dtype)
+    plgpu.commit_smem()
+
+    @pl.loop(steps, pl.cdiv(num_queries, ROWS))
+    def _(step):
+      @pl.when(slot(step, form.warpgroups) == warpgroup)
+      def _():
+        rows = pl.ds(step * ROWS, ROWS)
+        plgpu.copy_smem_to_gmem(own_result, of_query.at[0, batch, rows, head])
+
+    plgpu.wait_smem_to_gmem(0)
   # Others may still read the own keys, but not the values.
   send(totals[1], own_values, of_value.at[batch, own_rows, head])
   plgpu.wait_smem_to_gmem(1)
@@ -240,18 +257,28 @@ def _dots(output: jax.Array, gradient: jax.Array) -> jax.Array:
 
 
 def _add_tiles(
-  of_query: jax.Array, keys: int, key_length: jax.Array
+  of_query: jax.Array,
+  keys: int,
+  query_length: jax.Array,
+  key_length: jax.Array,
 ) -> jax.Array:
   """Adds what blocks of keys found for queries, (blocks, B, N, heads, d).
 
-  Each has rounded its own. Those without valid keys have written nothing.
+  Each has rounded its own, and written nothing where keys or queries are not
+  valid.
   """
-  if len(of_query) == 1:
+  blocks, *shape = of_query.shape
+  if blocks == 1:
     return of_query[0]
-  starts = jnp.arange(len(of_query)) * keys
-  written = (starts[:, None] < key_length)[..., None, None, None]
-  total = jnp.where(written, of_query.astype(jnp.float32), 0).sum(axis=0)
-  return total.astype(of_query.dtype)
+  rows = of_query.reshape(*of_query.shape[:3], -1)
+  counts = (key_length + (keys - 1)) // keys
+  if suit_rows(rows.shape, rows.dtype):
+    return add_blocks(rows, counts, query_length).reshape(shape)
+  written = jnp.arange(blocks)[:, None] < counts
+  valid = jnp.arange(shape[1]) < query_length[:, None]
+  rows = jnp.where((written[..., None] & valid)[..., None], rows, 0)
+  total = rows.astype(jnp.float32).sum(axis=0)
+  return total.astype(rows.dtype).reshape(shape)
 
 
 # Calls of like shapes share what takes seconds to compile.
@@ -260,6 +287,7 @@ def hopper_attention_gradient(
   query: jax.Array,
   key: jax.Array,
   value: jax.Array,
+  query_length: jax.Array,
   key_length: jax.Array,
   output: jax.Array,
   log_sum: jax.Array,
@@ -271,14 +299,15 @@ def hopper_attention_gradient(
     query: (B, N, heads, d), as for the forward pass, but d at most 64.
     key: (B, M, heads, d).
     value: (B, M, heads, d).
+    query_length: (B,) int32, the valid prefix of queries.
     key_length: (B,) int32, the valid prefix of keys, at least 1.
     output: (B, N, heads, d), the result of the forward pass.
     log_sum: (B, heads, N or more) float32, the other one.
-    gradient: (B, N, heads, d), of the output; finite everywhere.
+    gradient: (B, N, heads, d), of the output; zeros beyond the queries' length.
 
   Returns:
-    The gradients of query, key and value, in their types; of keys and values
-    beyond the length zeros.
+    The gradients of query, key and value, in their types; beyond the lengths
+    zeros.
 
   Raises:
     ValueError: for heads with more channels.
@@ -321,5 +350,15 @@ def hopper_attention_gradient(
     num_threads=form.warpgroups,
     thread_name="warpgroup",
     compiler_params=COMPILER,
-  )(key_length, query, key, value, log_sum, _dots(output, gradient), gradient)
-  return _add_tiles(of_query, form.keys, key_length), of_key, of_value
+  )(
+    query_length,
+    key_length,
+    query,
+    key,
+    value,
+    log_sum,
+    _dots(output, gradient),
+    gradient,
+  )
+  of_query = _add_tiles(of_query, form.keys, query_length, key_length)
+  return of_query, of_key, of_value

@@ -12,7 +12,6 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jax import lax
 
 from point3r_jax.models.hopper import TILE
 from point3r_jax.models.hopper_product import (

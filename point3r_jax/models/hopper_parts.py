@@ -22,7 +22,6 @@ from point3r_jax.models.hopper_product import (
   DEPTH,
   HALF,
   SIDE,
-  Tile,
   bias_scratch,
   multiply_tiles,
   run,
@@ -51,29 +50,40 @@ def _rotates(table: RotaryTable) -> bool:
   return alike and size % (2 * _RUN) == 0 and HALF % size == 0
 
 
-def _rotate(tile: Tile, cos: Any, sin: Any) -> jax.Array:
-  """Rotates a tile; references (M, groups, channels) as of `_angles`."""
+def _rotate(
+  cos: Any, sin: Any, row: jax.Array, column: jax.Array, x: jax.Array
+) -> jax.Array:
+  """Rotates a tile of a part.
+
+  Args:
+    cos: (M, groups, channels) reference, see `_angles`.
+    sin: the same.
+    row: place of the tile in its part, in tiles.
+    column: the same.
+    x: (128, 128) float32.
+  """
   _, groups, channels = cos.shape
   size = 2 * channels
   of_tile = SIDE // size
-  first = tile.column * of_tile
+  first = column * of_tile
 
   def load(angle):
     return [
       plgpu.load(
-        angle.at[span(tile.row), lax.rem(first + group, jnp.int32(groups))],
+        angle.at[span(row), lax.rem(first + group, jnp.int32(groups))],
         layout=TILE,
         optimized=False,
       )
       for group in range(groups)
     ]
 
+  # Those of a tile's first groups, which are those of the others, too.
   angles = list(zip(load(cos), load(sin), strict=True))
   rotated = []
   for group in range(of_tile):
     start = group * size
     one, other = (
-      lax.slice(tile.total, (0, at), (SIDE, at + channels))
+      lax.slice(x, (0, at), (SIDE, at + channels))
       for at in (start, start + channels)
     )
     cos, sin = angles[group % groups]
@@ -94,17 +104,17 @@ def _parts_kernel(x, kernel, bias, *references, tables, result_tiles, **own):
 
   def finish(tile):
     part, column = divide(tile.column, across // parts)
-    tile = tile._replace(column=column)
+    total = tile.total
     for number in range(len(angles) // 2):
-      own_angles = angles[2 * number : 2 * number + 2]
-      rotated = [part == i for i, table in enumerate(tables) if table == number]
+      members = [part == i for i, table in enumerate(tables) if table == number]
+      own = angles[2 * number : 2 * number + 2]
       total = lax.cond(
-        functools.reduce(operator.or_, rotated),
-        lambda total, own=own_angles: _rotate(tile._replace(total=total), *own),
-        lambda total: total,
-        tile.total,
+        functools.reduce(operator.or_, members),
+        functools.partial(_rotate, *own, tile.row, column),
+        lambda x: x,
+        total,
       )
-      tile = tile._replace(total=total)
+    tile = tile._replace(column=column, total=total)
     for number in range(2):
       tile.send(tile.half(number), number, result_tiles, results, part)
 

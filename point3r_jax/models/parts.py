@@ -107,8 +107,9 @@ _take_apart.defvjp(_take_apart_forward, _take_apart_backward)
 def _suit_product(y: Factors, dtype: jnp.dtype, parts: int) -> bool:
   """Says whether there is a kernel for a product of so many parts."""
   types = y.x.dtype, y.kernel.dtype, y.preferred_element_type, dtype
-  half = all(x == jnp.bfloat16 for x in types)
-  if not (half and suit_rows(y.shape, dtype) and compute_capability() == HOPPER):
+  if not all(x == jnp.bfloat16 for x in types):
+    return False
+  if compute_capability() != HOPPER or not suit_rows(y.shape, dtype):
     return False
   from point3r_jax.models.hopper_parts import suit_parts
 
@@ -150,9 +151,7 @@ def _multiply_apart_forward(forms, x, kernel, bias, tables):
 
 def _multiply_apart_backward(forms, saved, gradients):
   x, kernel, tables = saved
-  of_each = [
-    None if number is None else tables[number] for _, number in forms
-  ]
+  of_each = [None if number is None else tables[number] for _, number in forms]
   of_y, sums = divide_batch(join_gradients)(gradients, of_each)
   _, pull = jax.vjp(jnp.matmul, x, kernel)
   return *pull(of_y), sum_blocks(sums).astype(of_y.dtype), None

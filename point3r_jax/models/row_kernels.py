@@ -38,6 +38,9 @@ _SPREAD_CHANNELS = 1024
 _GELU_BLOCK = 64
 _GELU_TILE = (_ROWS, 256)
 
+# Channels at a time of blocks that are added up.
+_ADDED_CHANNELS = 256
+
 # The most rows of a map's block, and its channels.
 _MAP_ROWS = 64
 MAP_CHANNELS = 128
@@ -333,6 +336,57 @@ def gelu_gradient(
     interpret=interpret,
   )(x, gradient)
   return of_x.reshape(shape), sums
+
+
+def _add_blocks_kernel(counts, lengths, blocks, result):
+  """Adds up a tile; references (B,), (B,), (blocks, n, c) and (n, c)."""
+  # Not within the loop, where the interpreter does not know them.
+  sample, first = pl.program_id(2), pl.program_id(1) * _ROWS
+  length = lengths[sample]
+  number = jnp.where(first < length, counts[sample], 0)
+
+  def add(block, total):
+    return total + blocks[block].astype(jnp.float32)
+
+  zeros = jnp.zeros(result.shape, jnp.float32)
+  total = jax.lax.fori_loop(0, number, add, zeros)
+  row = first + jax.lax.iota(jnp.int32, _ROWS)
+  result[:, :] = jnp.where(row[:, None] < length, total, 0).astype(result.dtype)
+
+
+def add_blocks(
+  blocks: jax.Array,
+  counts: jax.Array,
+  lengths: jax.Array,
+  interpret: bool = False,
+) -> jax.Array:
+  """Adds up what counts of some blocks, which alone is read.
+
+  Args:
+    blocks: (blocks, B, N, C); `suit_rows` says which, N in eights.
+    counts: (B,) int32, how many blocks there are of each sample.
+    lengths: (B,) int32, the prefix of rows that counts.
+    interpret: whether to run without a GPU.
+
+  Returns:
+    The sum (B, N, C) in their type, zeros beyond the lengths.
+  """
+  number, batch, rows, channels = blocks.shape
+  width = _ADDED_CHANNELS
+  return pl.pallas_call(
+    _add_blocks_kernel,
+    grid=(channels // width, rows // _ROWS, batch),
+    in_specs=[
+      pl.BlockSpec((batch,), lambda j, i, b: (0,)),
+      pl.BlockSpec((batch,), lambda j, i, b: (0,)),
+      pl.BlockSpec((number, None, _ROWS, width), lambda j, i, b: (0, b, i, j)),
+    ],
+    out_specs=pl.BlockSpec((None, _ROWS, width), lambda j, i, b: (b, i, j)),
+    out_shape=jax.ShapeDtypeStruct(blocks.shape[1:], blocks.dtype),
+    compiler_params=compiler_params(),
+    name="add_blocks",
+    interpret=interpret,
+  )(counts, lengths, blocks)
 
 
 def _read_out_gradient_kernel(x, gradient, kernel, result):

@@ -9,8 +9,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from point3r_jax.errors import one_line
@@ -29,7 +31,12 @@ from point3r_jax.streaming import Prediction
 from point3r_jax.training.experiment import CUDA_GRAPHS, Experiment
 from point3r_jax.training.sharding import AXES, batch_sharding, replicated
 from point3r_jax.training.state import TrainState
-from point3r_jax.training.step import FLAGS, sequence_loss, train_step
+from point3r_jax.training.step import (
+  FLAGS,
+  empty_metrics,
+  sequence_loss,
+  train_step,
+)
 
 # (T, H, W) of a batch's sequences.
 Shape = tuple[int, int, int]
@@ -101,10 +108,22 @@ def abstract_state(experiment: Experiment) -> TrainState:
   return experiment.maker.abstract(param_shapes(experiment.step.model))
 
 
+def _abstract_metrics(experiment: Experiment) -> dict[str, Any]:
+  """Returns a step's metrics as shapes with shardings."""
+  sharding = replicated(experiment.mesh)
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    jax.eval_shape(empty_metrics),
+  )
+
+
 def lower_step(
   experiment: Experiment, shape: Shape, keep: bool = False
 ) -> jax.stages.Lowered:
   """Lowers the training step for sequences of one shape.
+
+  It takes a state, a batch and the last metrics, and gives the next state and
+  metrics in the place of these; see `Metrics`.
 
   Args:
     experiment: the run.
@@ -112,17 +131,22 @@ def lower_step(
     keep: whether the next process may find it lowered, see `lower_once`. What
       several processes run together is not kept.
   """
-  state = abstract_state(experiment)
-  shardings = jax.tree.map(lambda x: x.sharding, state)
+  state, metrics = abstract_state(experiment), _abstract_metrics(experiment)
+  shardings = jax.tree.map(lambda x: x.sharding, (state, metrics))
+
+  def step(state, batch, last):
+    del last  # Its buffers are for the new ones.
+    return train_step(experiment.step, experiment.optimizer, state, batch)
+
   kept = keep and jax.process_count() == 1
   with jax.set_mesh(experiment.mesh):
     return lower_once(
-      functools.partial(train_step, experiment.step, experiment.optimizer),
-      (state, batch_shapes(experiment, shape)),
+      step,
+      (state, batch_shapes(experiment, shape), metrics),
       name=repr(experiment.step) if kept else None,
-      result=(state, "metrics"),
-      donate=(0,),
-      out_shardings=(shardings, replicated(experiment.mesh)),
+      result=(state, metrics),
+      donate=(0, 2),
+      out_shardings=shardings,
     )
 
 
@@ -133,6 +157,8 @@ def compile_step(
   options: Mapping[str, bool | int | str] | None = None,
 ) -> jax.stages.Compiled:
   """Compiles the training step, to be run by this process's devices.
+
+  See `lower_step`.
 
   Args:
     experiment: the run.
@@ -181,6 +207,36 @@ def _log_failure(shape: Shape, program: concurrent.futures.Future) -> None:
     )
 
 
+class Metrics:
+  """Where steps leave their metrics, all in the same place.
+
+  Elsewhere each would need a CUDA graph that is written anew, milliseconds of a
+  step. What a caller keeps is a copy.
+  """
+
+  def __init__(self, experiment: Experiment):
+    """Makes room on the experiment's mesh."""
+    place = replicated(experiment.mesh)
+    self._last = jax.jit(empty_metrics, out_shardings=place)()
+    self._copy = jax.jit(functools.partial(jax.tree.map, jnp.copy))
+
+  def step(
+    self,
+    program: jax.stages.Compiled,
+    state: TrainState,
+    batch: dict[str, jax.Array],
+  ) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Takes one batch; see `training.step.train_step`.
+
+    Args:
+      program: see `compile_step`.
+      state: before the step; donated.
+      batch: on the mesh.
+    """
+    state, self._last = program(state, batch, self._last)
+    return state, self._copy(self._last)
+
+
 class Programs:
   """Training steps by the shape of their batch.
 
@@ -199,6 +255,7 @@ class Programs:
     self._experiment = experiment
     self._executor = concurrent.futures.ThreadPoolExecutor(1)
     self._programs = {}
+    self._metrics = Metrics(experiment)
     for shape in ahead:
       self._submit(shape, "ahead")
 
@@ -231,7 +288,8 @@ class Programs:
 
     Waits if its program is not compiled yet. The state is donated.
     """
-    return self.wait(batch["depth"].shape[1:])(state, batch)
+    program = self.wait(batch["depth"].shape[1:])
+    return self._metrics.step(program, state, batch)
 
   def is_ready(self, shape: Shape) -> bool:
     """Returns whether the program of a shape is compiled."""

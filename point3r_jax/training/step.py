@@ -64,6 +64,28 @@ class StepConfig:
   unroll_layers: bool = False
 
 
+# The scalars that a step returns beside the state.
+_MEASURES = (
+  "loss",
+  "loss_camera",
+  "loss_world",
+  "loss_pose",
+  "error_camera",
+  "error_world",
+  "grad_norm",
+  "lr",
+  "pointers",
+)
+_COUNTS = ("overflow", "skipped", "streak")
+
+
+def empty_metrics() -> dict[str, jax.Array]:
+  """Returns buffers for what `train_step` returns beside the state."""
+  types = dict.fromkeys(_MEASURES, jnp.float32)
+  types |= dict.fromkeys(_COUNTS, jnp.int32)
+  return {name: jnp.zeros((), dtype) for name, dtype in types.items()}
+
+
 def sequence_loss(
   config: StepConfig, params: dict, batch: dict[str, jax.Array]
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Prediction]]:

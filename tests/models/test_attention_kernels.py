@@ -279,7 +279,9 @@ def test_what_surrounds_the_hopper_kernels(monkeypatch, channels):
     output = jnp.einsum("bhnm,bmhd->bnhd", weights, value)
     return (output, log_sum) if keep_log_sum else output
 
-  def backward_kernel(query, key, value, key_length, output, log_sum, gradient):
+  def backward_kernel(query, key, value, *others):
+    query_length, key_length, output, log_sum, gradient = others
+    assert query_length.shape == (2,)
     weights, _ = probabilities(query, key, key_length, log_sum)
     dots = jnp.einsum("bnhd,bnhd->bhn", output, gradient)
     of_weights = jnp.einsum("bnhd,bmhd->bhnm", gradient, value)
@@ -317,7 +319,7 @@ def test_the_hopper_kernel_has_a_backward_pass_for_narrow_heads_only():
   query, key, value, length = (jnp.asarray(x) for x in operands(1, 80))
   with pytest.raises(ValueError, match=r"80 channels, .* takes 64 at most"):
     hopper_attention_gradient.hopper_attention_gradient(
-      query, key, value, length, query, length, query
+      query, key, value, length, length, query, length, query
     )
   with pytest.raises(ValueError, match=r"80 channels, .* takes 64 at most"):
     hopper_attention.hopper_attention(

@@ -317,10 +317,8 @@ def test_maps_read_out_equal_xla(monkeypatch, shape):
   assert_as_xla_does(run, monkeypatch, dpt)
 
 
-@pytest.mark.parametrize(
-  ("batch", "grid", "heads"), [(80, (10, 20), (16,)), (3, (7, 8), (12, 16))]
-)
-def test_products_taken_apart_equal_xla(monkeypatch, batch, grid, heads):
+def draw_parts(batch, grid, heads):
+  """Returns parts of a product, and gradients of each."""
   tokens, keys = grid[0] * grid[1], jax.random.split(jax.random.key(0), 8)
   width = 1024 if len(heads) == 1 else 768
   position = jax.random.normal(keys[0], (batch, tokens, 3))
@@ -331,23 +329,46 @@ def test_products_taken_apart_equal_xla(monkeypatch, batch, grid, heads):
     if len(heads) == 1:
       table = rotary_2d(grid, channels)
     parts += query_key_value(number, table)
-  y = jax.random.normal(keys[1], (batch, tokens, len(parts) * width))
-  y, bias = y.astype(jnp.bfloat16), jnp.ones(y.shape[-1:], jnp.bfloat16)
   gradients = [
     jax.random.normal(
-      key, (batch, tokens, part.heads, width // part.heads), y.dtype
+      key, (batch, tokens, part.heads, width // part.heads), jnp.bfloat16
     )
     for key, part in zip(keys[2:], parts, strict=False)
   ]
+  return parts, gradients
+
+
+@pytest.mark.parametrize(
+  ("batch", "grid", "heads"), [(80, (10, 20), (16,)), (3, (7, 8), (12, 16))]
+)
+@pytest.mark.parametrize("made", [False, True])
+def test_products_taken_apart_equal_xla(monkeypatch, batch, grid, heads, made):
+  """After they were made, and as they are: the same each time."""
+  parts, gradients = draw_parts(batch, grid, heads)
+  width = gradients[0].shape[2] * gradients[0].shape[3]
+  columns, keys = len(parts) * width, jax.random.split(jax.random.key(1), 2)
+  inner = width if made else columns
+  x = jax.random.normal(keys[0], (batch, grid[0] * grid[1], inner))
+  x, bias = x.astype(jnp.bfloat16), jnp.ones(columns, jnp.bfloat16)
+  kernel = jax.random.normal(keys[1], (width, columns)) / width**0.5
+  kernel = kernel.astype(x.dtype)
 
   def run():
-    def both(y, bias, gradients):
-      taken, pullback = jax.vjp(
-        lambda y, bias: take_apart(y, bias, y.dtype, parts=parts), y, bias
-      )
+    def both(x, kernel, bias, gradients):
+      def take(x, kernel, bias):
+        y = Factors(x, kernel, x.dtype) if made else x
+        return take_apart(y, bias, x.dtype, parts=parts)
+
+      taken, pullback = jax.vjp(take, x, kernel, bias)
       return taken, pullback(gradients)
 
-    return jax.jit(both)(y, bias, gradients)
+    return jax.jit(both)(x, kernel, bias, gradients)
 
-  assert parts_module.suit_rows(y.shape, y.dtype)
-  assert_as_xla_does(run, monkeypatch, parts_module)
+  if made:
+    y = Factors(x, kernel, x.dtype)
+    assert parts_module._suit_product(y, x.dtype, len(parts))
+    chex.assert_trees_all_equal(run(), run())
+    assert_as_xla_does(run, monkeypatch, parts_module, "_suit_product")
+  else:
+    assert parts_module.suit_rows(x.shape, x.dtype)
+    assert_as_xla_does(run, monkeypatch, parts_module)

@@ -13,12 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from point3r_jax.models import hopper_attention, hopper_gelus, hopper_product
+from point3r_jax.models import (
+  hopper_attention,
+  hopper_gelus,
+  hopper_parts,
+  hopper_product,
+)
 from point3r_jax.models.attention import attention
 from point3r_jax.models.hopper_attention import hopper_attention as attend
 from point3r_jax.models.hopper_attention_gradient import (
   hopper_attention_gradient,
 )
+from point3r_jax.models.rotary import apply_rotary, rotary_2d, rotary_3d
 from point3r_jax.models.row_kernels import gelu_slope
 
 pytestmark = pytest.mark.skipif(
@@ -120,29 +126,68 @@ def test_gradients_of_gelus_within_products(interpreted, rows, depth, columns):
   assert_close(sums.sum(axis=0), expected.sum(axis=(0, 1)))
 
 
+# Rotated heads, values, and a table whose groups differ; two tables, heads that
+# no tile begins with, and three tiles of rows of clusters.
+@pytest.mark.parametrize(
+  ("rows", "width", "channels", "forms"),
+  [
+    ((1, 8), 128, (32,), [(2, 0), (2, None), (4, 1)]),
+    ((2, 264), 384, (48,), [(6, 0), (8, 1)]),
+  ],
+)
+def test_parts_of_a_product(interpreted, rows, width, channels, forms):
+  position = jax.random.normal(jax.random.key(3), (*rows, 3))
+  tables = [
+    rotary_2d((1, rows[1]), 64),
+    *(rotary_3d(position, size, (10.0,)) for size in channels),
+  ]
+  columns = len(forms) * width
+  x, bias = draw(0, *rows, 64), draw(1, 1, columns)
+  kernel = draw(2, 1, 64, columns) / 8
+  found = hopper_parts.product_parts.__wrapped__(
+    x, kernel, bias, tables, tuple(forms)
+  )
+  x, kernel, bias = wide(x, kernel[0], bias[0])
+  products = jnp.split(x @ kernel + bias, len(forms), axis=-1)
+  for part, product, (heads, table) in zip(found, products, forms, strict=True):
+    expected = product.reshape(*rows, heads, -1)
+    if table is not None:
+      expected = apply_rotary(expected, tables[table])
+    assert part.dtype == jnp.bfloat16
+    assert_close(part, expected)
+
+
+# One block of keys in the backward pass, and two; of one sample's queries the
+# last ones are in steps that nothing is to be done for.
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
-  ("tokens", "channels", "lengths"),
-  [((200, 136), 64, (136, 3)), ((72, 264), 48, (257, 264))],
+  ("tokens", "channels", "queries", "lengths"),
+  [
+    ((200, 136), 64, (200, 70), (136, 3)),
+    ((72, 264), 48, (5, 72), (257, 264)),
+  ],
 )
-def test_attention(interpreted, tokens, channels, lengths, training):
-  queries, keys = tokens
-  query = draw(0, 2, queries, 3, channels)
-  key, value = (draw(i, 2, keys, 3, channels) for i in (1, 2))
-  lengths = jnp.array(lengths, jnp.int32)
-  every = jnp.full(2, queries, jnp.int32)
+def test_attention(interpreted, tokens, channels, queries, lengths, training):
+  query = draw(0, 2, tokens[0], 3, channels)
+  key, value = (draw(i, 2, tokens[1], 3, channels) for i in (1, 2))
+  queries, lengths = (
+    jnp.array(queries, jnp.int32),
+    jnp.array(lengths, jnp.int32),
+  )
+  valid = jnp.arange(tokens[0]) < queries[:, None]
   kernel = functools.partial(attend.__wrapped__, keep_log_sum=training)
-  result = kernel(query, key, value, every, lengths)
+  result = kernel(query, key, value, queries, lengths)
   exact = functools.partial(attention, key_length=lengths, implementation="xla")
   expected, pullback = jax.vjp(exact, *wide(query, key, value))
   if not training:
-    assert_close(result, expected)
+    assert_close(result[valid], expected[valid])
     return
   result, log_sum = result
-  assert_close(result, expected)
-  gradient = draw(3, *query.shape)
+  assert_close(result[valid], expected[valid])
+  gradient = jnp.where(valid[..., None, None], draw(3, *query.shape), 0)
   found = hopper_attention_gradient.__wrapped__(
-    query, key, value, lengths, result, log_sum, gradient
+    query, key, value, queries, lengths, result, log_sum, gradient
   )
+  assert not found[0][~valid].any()
   for one, other in zip(found, pullback(*wide(gradient)), strict=True):
     assert_close(one, other)

@@ -196,3 +196,16 @@ def test_rows_that_suit(monkeypatch, shape, dtype, suits):
   for other in ("7.5", "gfx942"):
     device.compute_capability = other
     assert not row_kernels.suit_rows(shape, dtype)
+
+
+def test_blocks_that_count_are_added():
+  blocks = draw(0, (5, 3, 24, 512))
+  counts, lengths = (jnp.array(x, jnp.int32) for x in ((1, 5, 3), (24, 3, 16)))
+  unread = jnp.arange(5)[:, None] >= counts
+  poisoned = jnp.where(unread[..., None, None], jnp.nan, blocks)
+  found = row_kernels.add_blocks(poisoned, counts, lengths, interpret=True)
+  total = jnp.where(unread[..., None, None], 0, blocks).astype(jnp.float32)
+  valid = jnp.arange(24) < lengths[:, None]
+  expected = jnp.where(valid[..., None], total.sum(axis=0), 0)
+  assert_close(found, expected.astype(jnp.bfloat16), 1e-2)
+  assert not found[1, 3:].any() and not found[2, 16:].any()

@@ -8,11 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from point3r_jax.models import hopper_parts
 from point3r_jax.models import parts as parts_module
+from point3r_jax.models.blocks import EncoderBlock
+from point3r_jax.models.compute import Compute
 from point3r_jax.models.layers import query_key_value
+from point3r_jax.models.linear import Factors
 from point3r_jax.models.parts import Part, take_apart
 from point3r_jax.models.rotary import apply_rotary, rotary_2d, rotary_3d
 from point3r_jax.models.rotary_kernels import join_gradients
+from point3r_jax.precision import get_precision
 from point3r_jax.training.sharding import make_mesh
 
 BASES = (100.0, 10.0)
@@ -137,3 +142,113 @@ def test_values_can_stay_where_they_are():
     own = whole[:, :, 2 * number : 2 * number + 2]
     chex.assert_trees_all_equal(part, apply_rotary(own, parts[0].rotary))
   chex.assert_trees_all_equal(value, whole)
+
+
+def product_parts(x, kernel, bias, tables, forms):
+  """Does what the kernel for Hopper GPUs does."""
+  y = x.astype(jnp.float32) @ kernel[0].astype(jnp.float32) + bias[0]
+  parts = []
+  for (heads, table), part in zip(
+    forms, jnp.split(y, len(forms), axis=-1), strict=True
+  ):
+    part = part.reshape(*x.shape[:2], heads, -1)
+    table = None if table is None else tables[table]
+    parts.append(apply_rotary(part, table).astype(x.dtype))
+  return parts
+
+
+@pytest.fixture
+def within(monkeypatch, interpreted):
+  """Lets products be taken apart where they are made; lists their rows."""
+  sizes = []
+
+  def stand_in(x, *others, forms):
+    sizes.append(x.shape)
+    return product_parts(x, *others, forms)
+
+  monkeypatch.setattr(parts_module, "compute_capability", lambda: "9.0")
+  monkeypatch.setattr(hopper_parts, "product_parts", stand_in)
+  return sizes
+
+
+def pull_traced(batch, height, width, parts, sums=jnp.bfloat16):
+  """Returns parts of a product, and gradients of what it is made of."""
+  x, bias = draw(0, (batch, 4 * height, 64)), draw(1, (len(parts) * width,))
+  kernel = draw(2, (64, len(parts) * width)) / 8
+
+  def run(x, kernel, bias):
+    y = Factors(x, kernel, sums)
+    return take_apart(y, bias.astype(sums), x.dtype, parts=parts)
+
+  taken, pullback = jax.vjp(run, x, kernel, bias)
+  gradients = pullback([draw(i, part.shape) for i, part in enumerate(taken)])
+  return *taken, *gradients
+
+
+def pull_product(*case):
+  """The same, to compare."""
+  return [np.float32(x) for x in pull_traced(*case)]
+
+
+# Parts that share a table; two tables, values.
+PRODUCTS = {
+  "query": (8, 2, 128, [Part(2, *tables(1, 2, 64))]),
+  "image": (2, 4, 128, query_key_value(2, rotary_2d((4, 4), 64))),
+  "decoder": (
+    2,
+    10,
+    384,
+    [
+      part
+      for heads, table in zip((6, 8), tables(2, 10, 64, 48), strict=True)
+      for part in query_key_value(heads, table)
+    ],
+  ),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_parts_and_gradients_are_those_of_a_product(request, name):
+  case = PRODUCTS[name]
+  expected = pull_product(*case)
+  sizes = request.getfixturevalue("within")
+  found = pull_product(*case)
+  assert sizes == [(case[0], 4 * case[1], 64)]
+  for one, other in zip(found, expected, strict=True):
+    assert one.shape == other.shape
+    assert np.linalg.norm(one - other) < 0.02 * np.linalg.norm(other)
+
+
+def test_a_mesh_splits_the_rows_of_a_product(within):
+  case = PRODUCTS["query"]
+  expected = pull_product(*case)
+  with jax.set_mesh(make_mesh(2, 4)):
+    found = jax.jit(lambda: pull_traced(*case))()
+  assert within[1:] == [(1, 8, 64)]
+  for one, other in zip(found, expected, strict=True):
+    one = np.float32(one)
+    assert np.linalg.norm(one - other) < 0.02 * np.linalg.norm(other)
+
+
+@pytest.mark.parametrize(
+  ("batch", "height", "width", "heads", "sums"),
+  [
+    (2, 2, 64, 1, jnp.bfloat16),  # Not whole tiles of columns.
+    (1, 1, 128, 2, jnp.bfloat16),  # Four rows.
+    (2, 2, 128, 2, jnp.float32),
+  ],
+)
+def test_what_the_kernel_for_products_does_not_take(
+  within, batch, height, width, heads, sums
+):
+  pull_product(batch, height, width, [Part(heads)], sums)
+  assert not within
+
+
+@pytest.mark.parametrize(("remat", "taken"), [("none", True), (None, False)])
+def test_blocks_take_products_apart_in_training(within, remat, taken):
+  block = EncoderBlock(2, 4, Compute(get_precision("bfloat16"), "xla", remat))
+  x = draw(0, (2, 8, 128))
+  params = block.init(jax.random.key(0), x)
+  jax.grad(lambda x: block.apply(params, x).sum().astype(jnp.float32))(x)
+  assert set(within) == ({x.shape} if taken else set())

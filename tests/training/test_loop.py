@@ -262,14 +262,14 @@ def test_an_error_in_one_process_ends_the_others(tmp_path):
 def steps(straight):
   """Returns a first state, and the step that the runs here take."""
   run = experiment()
-  program = Programs(run).wait((2, *micro.IMAGE_SIZE))
+  programs = Programs(run)
   params = jax.tree.map(np.asarray, stack_layers(micro.params()))
   state = run.maker.init(params)
 
   def step(state, batch):
-    # The program donates its state.
+    # Programs donate their state.
     batch = jax.device_put(batch, batch_sharding(run.mesh))
-    return program(jax.tree.map(jnp.copy, state), batch)
+    return programs.step(jax.tree.map(jnp.copy, state), batch)
 
   return state, step
 

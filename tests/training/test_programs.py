@@ -72,3 +72,26 @@ def test_what_several_processes_run_is_not_kept(folder, monkeypatch):
   experiment = open_experiment(micro_run.get_config(), jax.devices()[:2])
   programs.lower_step(experiment, SHAPE, keep=True)
   assert not list(folder.glob("point3r-*.lowered"))
+
+
+def test_metrics_stay_where_they_are_and_copies_are_kept():
+  """Otherwise each step would need a new CUDA graph."""
+  experiment = open_experiment(micro_run.get_config(), jax.devices()[:1])
+  state = experiment.maker.init(
+    jax.tree.map(np.asarray, stack_layers(micro.params()))
+  )
+  batch = jax.device_put(
+    batches.batch(experiment.config.batch_size, experiment.config.views),
+    batch_sharding(experiment.mesh),
+  )
+  places, kept = [], []
+  with Programs(experiment, [SHAPE]) as steps:
+    for _ in range(3):
+      state, metrics = steps.step(state, batch)
+      kept.append(metrics)
+      last = jax.tree.leaves(steps._metrics._last)
+      places.append([x.unsafe_buffer_pointer() for x in last])
+  assert places[0] == places[1] == places[2]
+  losses = [float(metrics["loss"]) for metrics in kept]
+  assert losses[0] != losses[2]
+  chex.assert_trees_all_equal(metrics, steps._metrics._last)
