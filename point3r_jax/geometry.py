@@ -147,8 +147,10 @@ def transform_points(matrix: jax.Array, points: jax.Array) -> jax.Array:
   batch = matrix.ndim - 2
   flat = points.reshape(*points.shape[:batch], -1, 3)
   rotation = jnp.swapaxes(matrix[..., :3, :3], -1, -2)
-  moved = jnp.matmul(flat, rotation, precision=_EXACT)
-  moved = moved + matrix[..., None, :3, 3]
+  # Sums, which are exact anywhere: a GPU has no matrix units for three columns.
+  moved = matrix[..., None, :3, 3] + sum(
+    flat[..., axis, None] * rotation[..., None, axis, :] for axis in range(3)
+  )
   return moved.reshape(*moved.shape[:batch], *points.shape[batch:])
 
 
