@@ -373,6 +373,10 @@ def add_blocks(
   """
   number, batch, rows, channels = blocks.shape
   width = _ADDED_CHANNELS
+  # Pallas does not lower choices of weakly typed numbers for Triton.
+  counts, lengths = (
+    jax.lax.convert_element_type(x, jnp.int32) for x in (counts, lengths)
+  )
   return pl.pallas_call(
     _add_blocks_kernel,
     grid=(channels // width, rows // _ROWS, batch),

@@ -347,28 +347,31 @@ def test_products_taken_apart_equal_xla(monkeypatch, batch, grid, heads, made):
   parts, gradients = draw_parts(batch, grid, heads)
   width = gradients[0].shape[2] * gradients[0].shape[3]
   columns, keys = len(parts) * width, jax.random.split(jax.random.key(1), 2)
-  inner = width if made else columns
-  x = jax.random.normal(keys[0], (batch, grid[0] * grid[1], inner))
-  x, bias = x.astype(jnp.bfloat16), jnp.ones(columns, jnp.bfloat16)
-  kernel = jax.random.normal(keys[1], (width, columns)) / width**0.5
-  kernel = kernel.astype(x.dtype)
+  bias = jnp.ones(columns, jnp.bfloat16)
+  channels = width if made else columns
+  shape = batch, grid[0] * grid[1], channels
+  x = jax.random.normal(keys[0], shape, bias.dtype)
+  operands = [x, bias]
+  if made:
+    kernel = jax.random.normal(keys[1], (width, columns)) / width**0.5
+    operands.append(kernel.astype(x.dtype))
+
+  def take(x, bias, kernel=None):
+    y = x if kernel is None else Factors(x, kernel, x.dtype)
+    return take_apart(y, bias, x.dtype, parts=parts)
 
   def run():
-    def both(x, kernel, bias, gradients):
-      def take(x, kernel, bias):
-        y = Factors(x, kernel, x.dtype) if made else x
-        return take_apart(y, bias, x.dtype, parts=parts)
-
-      taken, pullback = jax.vjp(take, x, kernel, bias)
+    def both(operands, gradients):
+      taken, pullback = jax.vjp(take, *operands)
       return taken, pullback(gradients)
 
-    return jax.jit(both)(x, kernel, bias, gradients)
+    return jax.jit(both)(operands, gradients)
 
+  chosen = "_suit_product" if made else "suit_rows"
   if made:
-    y = Factors(x, kernel, x.dtype)
+    y = Factors(x, operands[2], x.dtype)
     assert parts_module._suit_product(y, x.dtype, len(parts))
-    chex.assert_trees_all_equal(run(), run())
-    assert_as_xla_does(run, monkeypatch, parts_module, "_suit_product")
   else:
     assert parts_module.suit_rows(x.shape, x.dtype)
-    assert_as_xla_does(run, monkeypatch, parts_module)
+  chex.assert_trees_all_equal(run(), run())
+  assert_as_xla_does(run, monkeypatch, parts_module, chosen)
