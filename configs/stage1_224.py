@@ -8,8 +8,8 @@ The published run: 8 GPUs, 16 sequences each, 781 steps an epoch, 100 epochs.
 Expected: weights that know pointers, at this size and for short sequences, to
 begin stage 2 with. Of this stage no scores are known, the published ones being
 of the released weights; with data it was not run here. A step with one GPU's 16
-sequences takes 284 ms on an H200 (benchmarks/README.md; bfloat16): at that rate
-6 hours on eight.
+sequences takes 252 ms on an H200 (benchmarks/README.md; bfloat16): at that rate
+5.5 hours on eight.
 """
 
 from ml_collections import ConfigDict

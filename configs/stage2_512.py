@@ -9,7 +9,7 @@ Expected: weights for images of the size and shapes that reconstruction uses and
 for memories that are fused, to begin stage 3 with. Of this stage no scores are
 known, the published ones being of the released weights; with data it was not
 run here. A step with one GPU's 3 sequences at 512×384, the largest shape, takes
-236 ms on an H200 (benchmarks/README.md; bfloat16): at that rate 3 hours on
+210 ms on an H200 (benchmarks/README.md; bfloat16): at that rate 3 hours on
 eight.
 """
 
