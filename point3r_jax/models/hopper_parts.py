@@ -34,10 +34,14 @@ from point3r_jax.models.rotary import RotaryTable, apply_rotary
 # has its partner in another run.
 _RUN = 8
 
+# Before, JAX does not lower what joins columns in registers.
+_JOINS_COLUMNS = jax.__version_info__ >= (0, 11)
+
 
 def suit_parts(shape: tuple[int, ...], columns: int, parts: int) -> bool:
   """Says whether this is for rows (B, N, K), and columns of so many parts."""
-  return suits(shape, columns) and columns % (parts * SIDE) == 0
+  whole = columns % (parts * SIDE) == 0
+  return _JOINS_COLUMNS and whole and suits(shape, columns)
 
 
 def _rotates(table: RotaryTable) -> bool:

@@ -1,6 +1,7 @@
 """Products taken apart: with kernels, interpreted, and with XLA's forms."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -168,6 +169,7 @@ def within(monkeypatch, interpreted):
 
   monkeypatch.setattr(parts_module, "compute_capability", lambda: "9.0")
   monkeypatch.setattr(hopper_parts, "product_parts", stand_in)
+  monkeypatch.setattr(hopper_parts, "_JOINS_COLUMNS", True)
   return sizes
 
 
@@ -252,3 +254,26 @@ def test_blocks_take_products_apart_in_training(within, remat, taken):
   params = block.init(jax.random.key(0), x)
   jax.grad(lambda x: block.apply(params, x).sum().astype(jnp.float32))(x)
   assert set(within) == ({x.shape} if taken else set())
+
+
+def test_jax_has_to_join_columns_in_registers(monkeypatch, within):
+  monkeypatch.setattr(hopper_parts, "_JOINS_COLUMNS", False)
+  pull_product(*PRODUCTS["query"])
+  assert not within
+
+
+@pytest.mark.skipif(
+  not hopper_parts._JOINS_COLUMNS, reason="JAX before 0.11 does not lower it"
+)
+def test_the_kernel_for_products_lowers():
+  _, _, width, parts = PRODUCTS["decoder"]
+  forms, tables = parts_module._number_tables(parts)
+  assert forms == ((6, 0), (6, 0), (6, None), (8, 1), (8, 1), (8, None))
+  operands = [
+    jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    for shape in ((2, 40, 64), (1, 64, 6 * width), (1, 6 * width))
+  ]
+  traced = hopper_parts.product_parts.trace(*operands, tables, forms=forms)
+  lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+  results = ", ".join(6 * [f"tensor<80x{width}xbf16>"])
+  assert re.search(rf"@mosaic_gpu\S*\(.*-> \({results}\)", lowered)
