@@ -12,6 +12,7 @@ from point3r_jax.training import sharding, step
 from point3r_jax.training.collectives import Traffic, count_collectives
 from point3r_jax.training.experiment import open_experiment
 from point3r_jax.training.plan import format_plan, plan
+from point3r_jax.training.step import empty_metrics
 from tests import micro
 from tests.training import batches, micro_run
 
@@ -51,6 +52,7 @@ def test_one_device(caplog):
   pixels = micro.IMAGE_SIZE[0] * micro.IMAGE_SIZE[1]
   assert cost.batch_bytes == pixels * (3 + 4) + 4 * (9 + 16) + 4
   counts = 3 * 4  # Steps, skipped steps, the present streak of them.
+  counts += 4 * len(empty_metrics())  # The last step's.
   assert cost.total_bytes - cost.temp_bytes == (
     cost.param_bytes + cost.optimizer_bytes + cost.batch_bytes + counts
   )
