@@ -13,7 +13,9 @@ from jax import lax
 # Of the largest Hopper GPUs, if the device is none.
 _MULTIPROCESSORS = 132
 
+# How threads hold what matrix units give, and one value for each column of it.
 TILE = plgpu.Layout.WGMMA
+COLUMN = TILE.reduce(0)
 COMPILER = plgpu.CompilerParams(
   approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
 )

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from point3r_jax.models.hopper import (
+  COLUMN,
   COMPILER,
   TILE,
   barriers,
@@ -62,9 +63,6 @@ class _Form(NamedTuple):
 
 
 FORMS = (_Form(4, ROWS // 2, 1.4), _Form(3, ROWS, 1.0))
-
-
-_COLUMN = TILE.reduce(0)
 
 
 def _gradient_kernel(
@@ -145,7 +143,7 @@ def _gradient_kernel(
     dtype = queries.dtype
 
     def down_columns(tiles):
-      x = plgpu.layout_cast(tiles[here, columns], _COLUMN)
+      x = plgpu.layout_cast(tiles[here, columns], COLUMN)
       return lax.broadcast_in_dim(x, (ROWS, form.queries), [1])
 
     def mask(weights):

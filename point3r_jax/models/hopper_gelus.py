@@ -13,21 +13,20 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from point3r_jax.models.hopper import TILE
+from point3r_jax.models.hopper import COLUMN, TILE
 from point3r_jax.models.hopper_product import (
   BLOCKS,
   COMPUTING,
   DEPTH,
   HALF,
   SIDE,
-  bias_scratch,
+  multiply_linear,
   multiply_tiles,
   run,
+  run_linear,
   span,
 )
 from point3r_jax.models.row_kernels import GELU_CUBIC, GELU_SCALE
-
-_COLUMN = TILE.reduce(0)
 
 
 def _gelu(x: jax.Array) -> jax.Array:
@@ -55,7 +54,7 @@ def _sum_rows(x: jax.Array, scratch: plgpu.SMEM) -> jax.Array:
 
   @plgpu.inline_mgpu(
     arg_types=(TILE, plgpu.RefType()),
-    return_type=plgpu.ShapeDtypeStruct(x.shape[1:], x.dtype, layout=_COLUMN),
+    return_type=plgpu.ShapeDtypeStruct(x.shape[1:], x.dtype, layout=COLUMN),
   )
   def run(_, x, scratch):
     return x.reduce("add", 0, scratch)
@@ -76,11 +75,7 @@ def _gelu_kernel(x, kernel, bias, result, product, *, result_tiles, **own):
       for value, to in ((half, product), (_gelu(half), result)):
         tile.send(value, number, result_tiles, [to])
 
-  def columns(column, depth):
-    return kernel.at[depth, span(column)]
-
-  across = kernel.shape[1] // SIDE
-  multiply_tiles(x, across, columns, finish, bias=bias, transposed=False, **own)
+  multiply_linear(x, kernel, bias, finish, **own)
 
 
 def _gelu_gradient_kernel(
@@ -130,14 +125,7 @@ def product_gelu(
   shape = *x.shape[:-1], columns
   x = x.reshape(-1, depth)
   result = jax.ShapeDtypeStruct((len(x), columns), x.dtype)
-  results = run(
-    _gelu_kernel,
-    (x, kernel[0], bias[0]),
-    columns,
-    (DEPTH, SIDE),
-    (result, result),
-    **bias_scratch(x.dtype),
-  )
+  results = run_linear(_gelu_kernel, (x, kernel[0], bias[0]), (result, result))
   return tuple(x.reshape(shape) for x in results)
 
 

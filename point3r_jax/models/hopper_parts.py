@@ -19,12 +19,10 @@ from jax import lax
 from point3r_jax.models.hopper import TILE, bind, divide
 from point3r_jax.models.hopper_product import (
   BLOCKS,
-  DEPTH,
   HALF,
   SIDE,
-  bias_scratch,
-  multiply_tiles,
-  run,
+  multiply_linear,
+  run_linear,
   span,
   suits,
 )
@@ -104,10 +102,10 @@ def _parts_kernel(x, kernel, bias, *references, tables, result_tiles, **own):
   """
   parts = len(tables)
   angles, results = references[:-parts], references[-parts:]
-  across = kernel.shape[1] // SIDE
+  across = kernel.shape[1] // SIDE // parts
 
   def finish(tile):
-    part, column = divide(tile.column, across // parts)
+    part, column = divide(tile.column, across)
     total = tile.total
     for number in range(len(angles) // 2):
       members = [part == i for i, table in enumerate(tables) if table == number]
@@ -122,10 +120,7 @@ def _parts_kernel(x, kernel, bias, *references, tables, result_tiles, **own):
     for number in range(2):
       tile.send(tile.half(number), number, result_tiles, results, part)
 
-  def columns(column, depth):
-    return kernel.at[depth, span(column)]
-
-  multiply_tiles(x, across, columns, finish, bias=bias, transposed=False, **own)
+  multiply_linear(x, kernel, bias, finish, **own)
 
 
 def _angles(table: RotaryTable, batch: int) -> tuple[jax.Array, jax.Array]:
@@ -180,13 +175,10 @@ def product_parts(
     here.index(number) if number in here else None for _, number in forms
   )
   result = jax.ShapeDtypeStruct((len(rows), columns // len(forms)), x.dtype)
-  parts = run(
+  parts = run_linear(
     bind(_parts_kernel, tables=rotated),
     (rows, kernel[0], bias[0], *angles),
-    columns,
-    (DEPTH, SIDE),
     (result,) * len(forms),
-    **bias_scratch(x.dtype),
   )
   taken = []
   for part, (heads, number) in zip(parts, forms, strict=True):

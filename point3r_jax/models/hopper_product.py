@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from point3r_jax.models.hopper import (
+  COLUMN,
   COMPILER,
   TILE,
   barriers,
@@ -196,7 +197,7 @@ def multiply_tiles(
     total = pl.run_scoped(multiply, plgpu.ACC((SIDE, SIDE), jnp.float32))
     if bias is not None:
       plgpu.barrier_wait(bias_arrived)
-      added = plgpu.layout_cast(own_bias[...], TILE.reduce(0))
+      added = plgpu.layout_cast(own_bias[...], COLUMN)
       added = added.astype(jnp.float32)
       total += lax.broadcast_in_dim(added, total.shape, [1])
     halves = ()
@@ -260,12 +261,24 @@ def multiply_tiles(
   plgpu.barrier_wait(done)
 
 
-def bias_scratch(dtype: jnp.dtype) -> dict[str, Any]:
-  """Returns what `multiply_tiles` needs for a bias, see `run`."""
-  return {
-    "bias_tiles": plgpu.SMEM((COMPUTING, SIDE), dtype),
-    "bias_ready": barriers(COMPUTING),
-  }
+def multiply_linear(
+  x: Any, kernel: Any, bias: Any, finish: Callable[[Tile], None], **own: Any
+) -> None:
+  """`multiply_tiles` for a linear map, see `run_linear`.
+
+  Args:
+    x: (M, K), reference.
+    kernel: (K, columns), reference.
+    bias: (columns,), reference.
+    finish: see there.
+    **own: the rest of what is to be found there.
+  """
+
+  def columns(column, depth):
+    return kernel.at[depth, span(column)]
+
+  across = kernel.shape[1] // SIDE
+  multiply_tiles(x, across, columns, finish, bias=bias, transposed=False, **own)
 
 
 def run(
@@ -315,3 +328,28 @@ def run(
     thread_name="warpgroup",
     compiler_params=COMPILER,
   )(*operands)
+
+
+def run_linear(
+  kernel: Callable[..., None],
+  operands: tuple[jax.Array, ...],
+  results: tuple[jax.ShapeDtypeStruct, ...],
+) -> tuple[jax.Array, ...]:
+  """Runs a kernel of a linear map, see `multiply_linear`.
+
+  Args:
+    kernel: what each warpgroup does.
+    operands: of it: rows (M, K), a matrix (K, columns), a bias (columns,) of
+      their type, and others.
+    results: shapes.
+  """
+  rows, matrix, *_ = operands
+  return run(
+    kernel,
+    operands,
+    matrix.shape[1],
+    (DEPTH, SIDE),
+    results,
+    bias_tiles=plgpu.SMEM((COMPUTING, SIDE), rows.dtype),
+    bias_ready=barriers(COMPUTING),
+  )

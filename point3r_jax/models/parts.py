@@ -96,9 +96,15 @@ def _take_apart_forward(y, bias, parts):
 
 
 def _take_apart_backward(parts, gradients):
-  tables = [part.rotary for part in parts]
+  return *_join(gradients, [part.rotary for part in parts]), None
+
+
+def _join(
+  gradients: Sequence[jax.Array], tables: Sequence[RotaryTable | None]
+) -> tuple[jax.Array, jax.Array]:
+  """Returns gradients of the product that parts are of, and of its bias."""
   of_y, sums = divide_batch(join_gradients)(gradients, tables)
-  return of_y, sum_blocks(sums).astype(of_y.dtype), None
+  return of_y, sum_blocks(sums).astype(of_y.dtype)
 
 
 _take_apart.defvjp(_take_apart_forward, _take_apart_backward)
@@ -152,9 +158,9 @@ def _multiply_apart_forward(forms, x, kernel, bias, tables):
 def _multiply_apart_backward(forms, saved, gradients):
   x, kernel, tables = saved
   of_each = [None if number is None else tables[number] for _, number in forms]
-  of_y, sums = divide_batch(join_gradients)(gradients, of_each)
+  of_y, of_bias = _join(gradients, of_each)
   _, pull = jax.vjp(jnp.matmul, x, kernel)
-  return *pull(of_y), sum_blocks(sums).astype(of_y.dtype), None
+  return *pull(of_y), of_bias, None
 
 
 _multiply_apart.defvjp(_multiply_apart_forward, _multiply_apart_backward)
