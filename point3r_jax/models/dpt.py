@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,14 +13,22 @@ from flax.linen.dtypes import promote_dtype
 
 from point3r_jax.config import ModelConfig
 from point3r_jax.models.compute import Compute
-from point3r_jax.models.linear import Linear, add_bias, sum_products
+from point3r_jax.models.linear import (
+  Linear,
+  add_bias,
+  sum_blocks,
+  sum_products,
+  sum_rows,
+)
+from point3r_jax.models.map_kernels import (
+  MAP_CHANNELS,
+  double_map,
+  halve_map,
+  read_out_gradient,
+)
 from point3r_jax.models.parameter import parameter
 from point3r_jax.models.partition import divide_batch
-from point3r_jax.models.row_kernels import (
-  MAP_CHANNELS,
-  read_out_gradient,
-  suit_rows,
-)
+from point3r_jax.models.row_kernels import suit_rows
 
 
 @jax.custom_jvp
@@ -52,8 +63,17 @@ class Conv(nn.Module):
   use_bias: bool = True
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps x (B, H, W, K) to (B, ⌈H/stride⌉, ⌈W/stride⌉, features)."""
+  def __call__(
+    self,
+    x: jax.Array,
+    finish: Callable[[jax.Array, jax.Array], Any] = add_bias,
+  ) -> Any:
+    """Maps x (B, H, W, K) to (B, ⌈H/stride⌉, ⌈W/stride⌉, features).
+
+    Args:
+      x: what is mapped.
+      finish: makes the result of that and the bias, if there is one.
+    """
     channels = x.shape[-1]
     kernel = parameter(self, "kernel", (3, 3, channels, self.features))
     x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
@@ -66,7 +86,7 @@ class Conv(nn.Module):
     )
     if self.use_bias:
       bias = parameter(self, "bias", (self.features,))
-      x = add_bias(x, bias.astype(self.dtype))
+      x = finish(x, bias.astype(self.dtype))
     return x
 
 
@@ -81,17 +101,18 @@ def _two_numbers(x: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _read_out(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """Rectifies x (…, K) bfloat16, times a kernel (K, n), n small, in float32.
+def _read_out(x: jax.Array, bias: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Rectifies x (…, K) plus a bias (K,), both bfloat16, times a kernel.
 
-  Products of float32 would first copy x, and are slow with few columns. So the
-  kernel, and for its own gradient that of the result, count to 16 bits.
+  Of (K, n), n small, in float32. Products of float32 would first copy x, and
+  are slow with few columns. So the kernel, and for its own gradient that of the
+  result, count to 16 bits.
   """
-  return _read_out_forward(x, kernel)[0]
+  return _read_out_forward(x, bias, kernel)[0]
 
 
-def _read_out_forward(x, kernel):
-  x, features = relu(x), kernel.shape[-1]
+def _read_out_forward(x, bias, kernel):
+  x, features = relu(x + bias), kernel.shape[-1]
   columns = _two_numbers(kernel)
   # More of them, zeros, than needed: kernels for so many are faster.
   columns = jnp.pad(columns, ((0, 0), (0, -2 * features % 16)))
@@ -104,16 +125,24 @@ def _read_out_backward(saved, gradient):
   x, kernel = saved
   channels, features = kernel.shape
   if suit_rows(x.shape, x.dtype, MAP_CHANNELS):
-    to_x = divide_batch(read_out_gradient)(x, gradient, kernel[None])
+    kernels = kernel[None]  # All devices have all of it.
+    to_x, sums = divide_batch(read_out_gradient)(x, gradient, kernels)
+    to_bias = sum_blocks(sums)
   else:
     to_x = sum(gradient[..., i, None] * kernel[:, i] for i in range(features))
     to_x = jnp.where(x != 0, to_x, 0).astype(x.dtype)
+    to_bias = sum_rows(to_x)
   to_kernel = sum_products(x, _two_numbers(gradient))
   to_kernel = to_kernel.reshape(channels, 2, features).sum(axis=1)
-  return to_x, to_kernel.astype(kernel.dtype)
+  return to_x, to_bias.astype(x.dtype), to_kernel.astype(kernel.dtype)
 
 
 _read_out.defvjp(_read_out_forward, _read_out_backward)
+
+
+def _leave_apart(x: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Leaves a convolution and its bias to `Readout`."""
+  return x, bias
 
 
 class Readout(nn.Module):
@@ -126,13 +155,18 @@ class Readout(nn.Module):
   features: int
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps x (…, K) to (…, features) float32."""
+  def __call__(self, x: jax.Array, before: jax.Array) -> jax.Array:
+    """Maps x (…, K) to (…, features) float32.
+
+    Args:
+      x: a convolution.
+      before: (K,) of x's type, its bias.
+    """
     kernel = parameter(self, "kernel", (x.shape[-1], self.features))
     bias = parameter(self, "bias", (self.features,))
     if x.dtype == jnp.bfloat16:
-      return _read_out(x, kernel) + bias
-    x = relu(x).astype(jnp.float32)
+      return _read_out(x, before, kernel) + bias
+    x = relu(x + before).astype(jnp.float32)
     return jnp.matmul(x, kernel, precision="highest") + bias
 
 
@@ -220,10 +254,14 @@ def _combine(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
 @jax.custom_vjp
 def _double(x: jax.Array) -> jax.Array:
   """Doubles a map (B, h, w, K) to (B, 2h, 2w, K)."""
+  if suit_rows(x.shape, x.dtype, MAP_CHANNELS):
+    return divide_batch(double_map)(x)
   return _combine(x, *map(_doubling, x.shape[1:3]))
 
 
 def _double_backward(_, gradient):
+  if suit_rows(gradient.shape, gradient.dtype, MAP_CHANNELS):
+    return (divide_batch(halve_map)(gradient),)
   # JAX would make a scattering of the gathering.
   rows, columns = (_doubling(side // 2).T for side in gradient.shape[1:3])
   return (_combine(gradient, rows, columns),)
@@ -332,6 +370,6 @@ class DenseHead(nn.Module):
     x = Refine(dtype, name="refine_3")(layers[3], None, keep=grid)
     for k in (2, 1, 0):
       x = Refine(dtype, name=f"refine_{k}")(x, layers[k])
-    x = Conv(config.dpt_features // 2, dtype, name="head_0")(x)
-    x = Conv(config.dpt_head_width, dtype, name="head_1")(upsample(x))
-    return Readout(4, name="head_2")(x)
+    x = upsample(Conv(config.dpt_features // 2, dtype, name="head_0")(x))
+    last = Conv(config.dpt_head_width, dtype, name="head_1")
+    return Readout(4, name="head_2")(*last(x, _leave_apart))

@@ -1,4 +1,4 @@
-"""Kernels over rows for NVIDIA GPUs in training: norms, GELUs, maps read out.
+"""Kernels over rows for NVIDIA GPUs in training: norms, GELUs, sums of blocks.
 
 These are bound by the bytes that they read. XLA reads rows once to sum over
 them and again for what it makes of the sums, and sums of columns are kernels of
@@ -41,10 +41,6 @@ _GELU_TILE = (_ROWS, 256)
 # Channels at a time of blocks that are added up.
 _ADDED_CHANNELS = 256
 
-# The most rows of a map's block, and its channels.
-_MAP_ROWS = 64
-MAP_CHANNELS = 128
-
 # The least compute capability that Triton multiplies bfloat16 for.
 _CAPABILITY = 8.0
 
@@ -61,7 +57,7 @@ def suit_rows(
     shape: of the rows: multiples of 8, and of `width` channels.
     dtype: of what is computed: bfloat16.
     width: what the kernel wants multiples of; that of GELUs does for all but
-      maps.
+      those of `map_kernels`.
   """
   capability = compute_capability()
   return (
@@ -80,7 +76,7 @@ def compiler_params() -> triton.CompilerParams:
   return triton.CompilerParams(num_warps=4, num_stages=1)
 
 
-def _flatten(*arrays: jax.Array) -> list[jax.Array]:
+def flatten(*arrays: jax.Array) -> list[jax.Array]:
   """Makes (n, C) of arrays (…, C); raises ValueError unless n is in eights."""
   flat = [x.reshape(-1, x.shape[-1]) for x in arrays]
   rows = len(flat[0])
@@ -207,7 +203,7 @@ def normalize_rows(
     (…, C), and what differences from a row's mean were multiplied by, (…)
     float32.
   """
-  (flat,) = _flatten(x)
+  (flat,) = flatten(x)
   rows, channels = flat.shape
   block, scales = _norm_specs(channels)
   y, scale = pl.pallas_call(
@@ -250,7 +246,7 @@ def normalize_rows_gradient(
     rounded.
   """
   shape, count = y.shape, sum(wanted)
-  y, gradient, residual = _flatten(y, gradient, residual)
+  y, gradient, residual = flatten(y, gradient, residual)
   rows, channels = y.shape
   height = _ROWS if count else _NORM_ROWS
   while count and pl.cdiv(rows, height) > _NORM_BLOCKS:
@@ -316,7 +312,7 @@ def gelu_gradient(
     before it was rounded.
   """
   shape = x.shape
-  x, gradient = _flatten(x, gradient)
+  x, gradient = flatten(x, gradient)
   rows, channels = x.shape
   width = _GELU_TILE[1]
   blocks = pl.cdiv(rows, _GELU_BLOCK)
@@ -391,47 +387,3 @@ def add_blocks(
     name="add_blocks",
     interpret=interpret,
   )(counts, lengths, blocks)
-
-
-def _read_out_gradient_kernel(x, gradient, kernel, result):
-  """Makes a block of it; references (n, c), (n, features), (features, c)."""
-  total = sum(
-    gradient[:, i][:, None] * kernel[i, :][None] for i in range(kernel.shape[0])
-  )
-  result[:, :] = jnp.where(x[:, :] != 0, total, 0).astype(result.dtype)
-
-
-def read_out_gradient(
-  x: jax.Array, gradient: jax.Array, kernel: jax.Array, interpret: bool = False
-) -> jax.Array:
-  """Gradient of what was rectified and multiplied by a few columns.
-
-  Args:
-    x: the rectified rows (…, C); `suit_rows` says which, C in `MAP_CHANNELS`.
-    gradient: (…, features) float32 of the product.
-    kernel: (1, C, features) float32, the columns; 1 for `divide_batch`.
-    interpret: whether to run without a GPU.
-
-  Returns:
-    (…, C) in the type of x, zero where x is.
-  """
-  shape, features = x.shape, kernel.shape[-1]
-  x, gradient = _flatten(x, gradient)
-  rows, channels = x.shape
-  block = math.gcd(rows, _MAP_ROWS)
-  tile = pl.BlockSpec((block, MAP_CHANNELS), lambda j, i: (i, j))
-  of_x = pl.pallas_call(
-    _read_out_gradient_kernel,
-    grid=(channels // MAP_CHANNELS, rows // block),
-    in_specs=[
-      tile,
-      pl.BlockSpec((block, features), lambda j, i: (i, 0)),
-      pl.BlockSpec((features, MAP_CHANNELS), lambda j, i: (0, j)),
-    ],
-    out_specs=tile,
-    out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
-    compiler_params=compiler_params(),
-    name="read_out_gradient",
-    interpret=interpret,
-  )(x, gradient, kernel[0].T)
-  return of_x.reshape(shape)

@@ -61,7 +61,9 @@ def test_relu_has_no_slope_at_zero():
 def test_maps_in_16_bits_are_read_out_in_float32(pixels):
   """Products with a kernel in float32, as are gradients."""
   rng = np.random.default_rng(0)
-  x = jnp.asarray(rng.standard_normal((2, pixels, 5, 32)), jnp.bfloat16)
+  # Eighths, which are added without rounding.
+  eighths = rng.integers(-16, 17, (2, pixels, 5, 32)) / 8
+  x, bias = jnp.asarray(eighths, jnp.bfloat16), jnp.full(32, 0.5, jnp.bfloat16)
   params = {
     "kernel": jnp.asarray(rng.standard_normal((32, 4)), jnp.float32),
     "bias": jnp.asarray(rng.standard_normal(4), jnp.float32),
@@ -69,14 +71,14 @@ def test_maps_in_16_bits_are_read_out_in_float32(pixels):
   weight = rng.standard_normal((2, pixels, 5, 4)).astype(np.float32)
   head = dpt.Readout(4)
 
-  def run(params, x):
-    y = head.apply({"params": params}, x)
+  def run(params, x, bias):
+    y = head.apply({"params": params}, x, bias)
     return jnp.vdot(y, weight), y
 
-  gradient = jax.jit(jax.grad(run, argnums=(0, 1), has_aux=True))
-  (of_params, of_x), y = gradient(params, x)
-  (expected_of_params, expected_of_x), expected = gradient(
-    params, x.astype(jnp.float32)
+  gradient = jax.jit(jax.grad(run, argnums=(0, 1, 2), has_aux=True))
+  (of_params, of_x, of_bias), y = gradient(params, x, bias)
+  (expected_of_params, expected_of_x, expected_of_bias), expected = gradient(
+    params, x.astype(jnp.float32), bias.astype(jnp.float32)
   )
   assert y.dtype == jnp.float32
   np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
@@ -86,4 +88,7 @@ def test_maps_in_16_bits_are_read_out_in_float32(pixels):
     )
   np.testing.assert_allclose(
     of_x.astype(np.float32), expected_of_x, rtol=2**-8, atol=1e-6
+  )
+  np.testing.assert_allclose(
+    of_bias.astype(np.float32), expected_of_bias, rtol=2**-7, atol=0.2
   )

@@ -14,6 +14,7 @@ from point3r_jax.models.attention import attention
 from point3r_jax.models.hopper_attention import quickest
 from point3r_jax.models.layers import query_key_value
 from point3r_jax.models.linear import Factors
+from point3r_jax.models.map_kernels import MAP_CHANNELS
 from point3r_jax.models.parts import take_apart
 from point3r_jax.models.rotary import rotary_2d, rotary_3d
 
@@ -301,19 +302,41 @@ def test_products_with_gelus_equal_xla(monkeypatch, rows, width, hidden):
 
 @pytest.mark.parametrize("shape", [(1, 3, 8, 128), (16, 224, 224, 128)])
 def test_maps_read_out_equal_xla(monkeypatch, shape):
-  keys = jax.random.split(jax.random.key(0), 3)
+  keys = jax.random.split(jax.random.key(0), 4)
   x = jax.random.normal(keys[0], shape, jnp.bfloat16)
-  kernel = jax.random.normal(keys[1], (shape[-1], 4))
-  gradient = jax.random.normal(keys[2], (*shape[:-1], 4))
+  bias = jax.random.normal(keys[1], shape[-1:], jnp.bfloat16)
+  kernel = jax.random.normal(keys[2], (shape[-1], 4))
+  gradient = jax.random.normal(keys[3], (*shape[:-1], 4))
 
   def run():
-    def both(x, kernel, gradient):
-      result, pullback = jax.vjp(dpt._read_out, x, kernel)
+    def both(x, bias, kernel, gradient):
+      result, pullback = jax.vjp(dpt._read_out, x, bias, kernel)
       return result, *pullback(gradient)
 
-    return jax.jit(both)(x, kernel, gradient)
+    return jax.jit(both)(x, bias, kernel, gradient)
 
-  assert dpt.suit_rows(shape, jnp.bfloat16, shape[-1])
+  assert dpt.suit_rows(shape, jnp.bfloat16, MAP_CHANNELS)
+  assert_as_xla_does(run, monkeypatch, dpt)
+
+
+@pytest.mark.parametrize(
+  "shape", [(1, 8, 1, 128), (2, 12, 18, 256), (3, 192, 256, 128)]
+)
+def test_maps_doubled_equal_xla(monkeypatch, shape):
+  keys = jax.random.split(jax.random.key(0), 2)
+  x = jax.random.normal(keys[0], shape, jnp.bfloat16)
+  batch, height, width, channels = shape
+  doubled = batch, 2 * height, 2 * width, channels
+  gradient = jax.random.normal(keys[1], doubled, jnp.bfloat16)
+
+  def run():
+    def both(x, gradient):
+      result, pullback = jax.vjp(dpt.upsample, x)
+      return result, *pullback(gradient)
+
+    return jax.jit(both)(x, gradient)
+
+  assert dpt.suit_rows(shape, jnp.bfloat16, MAP_CHANNELS)
   assert_as_xla_does(run, monkeypatch, dpt)
 
 

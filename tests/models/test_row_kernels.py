@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from point3r_jax.models import dpt, gelus, norms, row_kernels
+from point3r_jax.models import gelus, norms, row_kernels
 from point3r_jax.models.gelus import add_bias_gelu
 from point3r_jax.training.sharding import make_mesh
 
@@ -17,11 +17,10 @@ CHANNELS = 768  # Two parts, as it is no power of two.
 
 @pytest.fixture
 def interpreted(monkeypatch):
-  """Lets norms, GELUs and maps take the kernels, on a CPU."""
+  """Lets norms and GELUs take the kernels, on a CPU."""
   for module, names in (
     (norms, ("normalize_rows", "normalize_rows_gradient")),
     (gelus, ("gelu_gradient",)),
-    (dpt, ("read_out_gradient",)),
   ):
     for name in names:
       kernel = functools.partial(getattr(row_kernels, name), interpret=True)
@@ -130,51 +129,12 @@ def test_gelus_by_rows(request, rows):
   assert_close(run(), expected, atol=0.05)
 
 
-@pytest.mark.parametrize("shape", [(2, 8, 9, 128), (1, 4, 2, 256)])
-def test_maps_read_out_by_rows(request, shape):
-  x, kernel = draw(0, shape), draw(1, (shape[-1], 4), jnp.float32)
-  gradient = draw(2, (*shape[:-1], 4), jnp.float32)
-
-  def run():
-    result, pullback = jax.vjp(dpt._read_out, x, kernel)
-    return result, pullback(gradient)
-
-  expected = run()
-  request.getfixturevalue("interpreted")
-  assert_close(run(), expected, atol=1e-5)
-
-
 @pytest.mark.usefixtures("interpreted")
 def test_rows_of_a_device_that_are_not_in_eights_are_refused():
   """They would be left out."""
   x = draw(0, (8, 6, CHANNELS))
   with jax.set_mesh(make_mesh(2, 4)), pytest.raises(ValueError, match="got 6"):
     jax.jit(normalize)(x)
-
-
-@pytest.mark.usefixtures("interpreted")
-def test_devices_of_a_mesh_share_the_maps(monkeypatch):
-  """But each of them has the whole kernel."""
-  shapes = []
-
-  def kernel(x, gradient, kernel):
-    shapes.append([y.shape for y in (x, gradient, kernel)])
-    return row_kernels.read_out_gradient(x, gradient, kernel, interpret=True)
-
-  monkeypatch.setattr(dpt, "read_out_gradient", kernel)
-  x, columns = draw(0, (8, 4, 4, 128)), draw(1, (128, 4), jnp.float32)
-
-  @jax.jit
-  def gradient(x, columns):
-    return jax.grad(lambda x: jnp.sum(dpt._read_out(x, columns) ** 2))(x)
-
-  expected = gradient(x, columns)
-  with jax.set_mesh(make_mesh(2, 4)):
-    found = gradient(x, columns)
-  assert shapes == [
-    [(batch, 4, 4, 128), (batch, 4, 4, 4), (1, 128, 4)] for batch in (8, 1)
-  ]
-  assert_close(found, expected, atol=1e-2)
 
 
 @pytest.mark.parametrize(
