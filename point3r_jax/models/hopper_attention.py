@@ -69,6 +69,10 @@ class _Form(NamedTuple):
     """Returns how many tasks so many queries of a head make."""
     return -(-queries // (self.computing * ROWS))
 
+  def blocks(self, heads: int, queries: int) -> int:
+    """Returns how many blocks those of all heads make."""
+    return heads * self.tasks(queries)
+
 
 _FORMS = (
   _Form(3, 128, 128, (160, 32), 4.0),
@@ -82,14 +86,14 @@ def quickest(forms: Iterable[_AnyForm], heads: int, tokens: int) -> _AnyForm:
   """Returns the form that takes the least time, the first of equals.
 
   Args:
-    forms: with `tasks` of so many tokens of a head, and the time of a `turn`,
-      in which all multiprocessors take a task each.
+    forms: with `blocks` of so many heads and tokens, and the time of a `turn`,
+      in which all multiprocessors take a block each.
     heads: of all sequences.
-    tokens: that a form's tasks divide.
+    tokens: of each, which blocks divide.
   """
 
   def time(form):
-    return -(-heads * form.tasks(tokens) // multiprocessors()) * form.turn
+    return pl.cdiv(form.blocks(heads, tokens), multiprocessors()) * form.turn
 
   return min(forms, key=time)
 

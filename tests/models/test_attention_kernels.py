@@ -219,6 +219,7 @@ def test_hopper_blocks_stay_in_training(batch, training, blocks):
     (48, 3072, 3),
     (32, 200, 3),  # In one turn of 132 multiprocessors, with two blocks, too.
     (67, 200, 4),
+    (36, 776, 2),  # In one turn, with two tasks a block.
   ],
 )
 def test_hopper_blocks_of_keys_that_take_the_least_time(

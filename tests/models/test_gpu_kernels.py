@@ -65,6 +65,7 @@ def test_attention_equals_xla(implementation, head_dim, lengths):
     (16, (200, 200), 4, 1),
     (16, (784, 784), 3, 5),  # Forward ten tasks for each multiprocessor.
     (2, (80, 1000), 4, 4),
+    (3, (80, 600), 2, 5),  # Two tasks a block.
   ],
 )
 def test_hopper_attentions_backward_pass(
