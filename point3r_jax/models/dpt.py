@@ -101,24 +101,26 @@ def _two_numbers(x: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _read_out(x: jax.Array, bias: jax.Array, kernel: jax.Array) -> jax.Array:
-  """Rectifies x (…, K) plus a bias (K,), both bfloat16, times a kernel.
+def _read_out(
+  x: jax.Array, before: jax.Array, kernel: jax.Array, bias: jax.Array
+) -> jax.Array:
+  """Rectifies x (…, K) plus a bias (K,), both bfloat16, for a linear map.
 
-  Of (K, n), n small, in float32. Products of float32 would first copy x, and
-  are slow with few columns. So the kernel, and for its own gradient that of the
-  result, count to 16 bits.
+  That is of a kernel (K, n), n small, and a bias (n,), in float32. Products of
+  float32 would first copy x, and are slow with few columns. So the kernel, and
+  for its own gradient that of the result, count to 16 bits.
   """
-  return _read_out_forward(x, bias, kernel)[0]
+  return _read_out_forward(x, before, kernel, bias)[0]
 
 
-def _read_out_forward(x, bias, kernel):
-  x, features = relu(x + bias), kernel.shape[-1]
+def _read_out_forward(x, before, kernel, bias):
+  x, features = relu(x + before), kernel.shape[-1]
   columns = _two_numbers(kernel)
   # More of them, zeros, than needed: kernels for so many are faster.
   columns = jnp.pad(columns, ((0, 0), (0, -2 * features % 16)))
   y = jnp.matmul(x, columns, preferred_element_type=jnp.float32)
   y = y[..., :features] + y[..., features : 2 * features]
-  return y, (x, kernel)
+  return y + bias, (x, kernel)
 
 
 def _read_out_backward(saved, gradient):
@@ -126,15 +128,15 @@ def _read_out_backward(saved, gradient):
   channels, features = kernel.shape
   if suit_rows(x.shape, x.dtype, MAP_CHANNELS):
     kernels = kernel[None]  # All devices have all of it.
-    to_x, sums = divide_batch(read_out_gradient)(x, gradient, kernels)
-    to_bias = sum_blocks(sums)
+    to_x, *sums = divide_batch(read_out_gradient)(x, gradient, kernels)
+    to_before, to_bias = map(sum_blocks, sums)
   else:
     to_x = sum(gradient[..., i, None] * kernel[:, i] for i in range(features))
     to_x = jnp.where(x != 0, to_x, 0).astype(x.dtype)
-    to_bias = sum_rows(to_x)
+    to_before, to_bias = sum_rows(to_x), sum_rows(gradient)
   to_kernel = sum_products(x, _two_numbers(gradient))
   to_kernel = to_kernel.reshape(channels, 2, features).sum(axis=1)
-  return to_x, to_bias.astype(x.dtype), to_kernel.astype(kernel.dtype)
+  return to_x, to_before.astype(x.dtype), to_kernel, to_bias
 
 
 _read_out.defvjp(_read_out_forward, _read_out_backward)
@@ -165,7 +167,7 @@ class Readout(nn.Module):
     kernel = parameter(self, "kernel", (x.shape[-1], self.features))
     bias = parameter(self, "bias", (self.features,))
     if x.dtype == jnp.bfloat16:
-      return _read_out(x, before, kernel) + bias
+      return _read_out(x, before, kernel, bias)
     x = relu(x + before).astype(jnp.float32)
     return jnp.matmul(x, kernel, precision="highest") + bias
 

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from point3r_jax.models.compute import NORMED, Compute
 from point3r_jax.models.layouts import row_major
 from point3r_jax.models.linear import sum_blocks, sum_rows
+from point3r_jax.models.parameter import parameter
 from point3r_jax.models.partition import divide_batch
 from point3r_jax.models.row_kernels import (
   normalize_rows,
@@ -22,23 +23,58 @@ from point3r_jax.models.row_kernels import (
 _EPSILON = 1e-6  # Of all LayerNorms.
 
 
+@jax.custom_vjp
+def _map_affine(x, scale, bias):
+  """Maps x (…, C) by a scale (C,) and a bias (C,), all float32."""
+  return x * scale + bias
+
+
+def _map_affine_forward(x, scale, bias):
+  return _map_affine(x, scale, bias), (x, scale)
+
+
+def _map_affine_backward(saved, gradient):
+  x, scale = saved
+  return gradient * scale, sum_rows(gradient * x), sum_rows(gradient)
+
+
+_map_affine.defvjp(_map_affine_forward, _map_affine_backward)
+
+
+class _AffineNorm(nn.Module):
+  """LayerNorm whose parameters' gradients are summed as GPUs do it fastest."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Normalises x (…, C), in float32."""
+    scale = parameter(self, "scale", x.shape[-1:])
+    bias = parameter(self, "bias", x.shape[-1:])
+    return _map_affine(_norm(fast=True, affine=False)(x), scale, bias)
+
+
+def _norm(fast: bool, affine: bool, name: str | None = None) -> nn.LayerNorm:
+  return nn.LayerNorm(
+    epsilon=_EPSILON,
+    dtype=jnp.float32,
+    use_scale=affine,
+    use_bias=affine,
+    use_fast_variance=fast,
+    name=name,
+  )
+
+
 def layer_norm(
   compute: Compute, name: str | None = None, affine: bool = True
-) -> nn.LayerNorm:
+) -> nn.Module:
   """LayerNorm with ε = 1e-6, in and out of float32.
 
   XLA makes this one kernel on GPUs if the variance is E[(x − E[x])²]. With a
   backward pass to come, E[x²] − E[x]² takes fewer; its error is far below that
   of rounded products.
   """
-  return nn.LayerNorm(
-    epsilon=_EPSILON,
-    dtype=jnp.float32,
-    use_scale=affine,
-    use_bias=affine,
-    use_fast_variance=compute.trains_in_16_bits,
-    name=name,
-  )
+  if affine and compute.trains_in_16_bits:
+    return _AffineNorm(name=name)
+  return _norm(compute.trains_in_16_bits, affine, name)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -54,13 +54,14 @@ def bias_gradients(block, precision, remat, params, inputs):
 @pytest.fixture
 def summed(monkeypatch):
   """Lists the shapes of what norms sum for biases."""
-  shapes, sum_rows = [], norms.sum_rows
+  shapes, gradient = [], norms._gradient_by_xla
 
-  def listed(x):
-    shapes.append(x.shape)
-    return sum_rows(x)
+  def listed(*arrays):
+    of_x, sums = gradient(*arrays)
+    shapes.extend(len(sums) * [of_x.shape])
+    return of_x, sums
 
-  monkeypatch.setattr(norms, "sum_rows", listed)
+  monkeypatch.setattr(norms, "_gradient_by_xla", listed)
   return shapes
 
 

@@ -303,18 +303,19 @@ def test_products_with_gelus_equal_xla(monkeypatch, rows, width, hidden):
 
 @pytest.mark.parametrize("shape", [(1, 3, 8, 128), (16, 224, 224, 128)])
 def test_maps_read_out_equal_xla(monkeypatch, shape):
-  keys = jax.random.split(jax.random.key(0), 4)
+  keys = jax.random.split(jax.random.key(0), 5)
   x = jax.random.normal(keys[0], shape, jnp.bfloat16)
-  bias = jax.random.normal(keys[1], shape[-1:], jnp.bfloat16)
+  before = jax.random.normal(keys[1], shape[-1:], jnp.bfloat16)
   kernel = jax.random.normal(keys[2], (shape[-1], 4))
-  gradient = jax.random.normal(keys[3], (*shape[:-1], 4))
+  bias = jax.random.normal(keys[3], (4,))
+  gradient = jax.random.normal(keys[4], (*shape[:-1], 4))
 
   def run():
-    def both(x, bias, kernel, gradient):
-      result, pullback = jax.vjp(dpt._read_out, x, bias, kernel)
+    def both(x, before, kernel, bias, gradient):
+      result, pullback = jax.vjp(dpt._read_out, x, before, kernel, bias)
       return result, *pullback(gradient)
 
-    return jax.jit(both)(x, bias, kernel, gradient)
+    return jax.jit(both)(x, before, kernel, bias, gradient)
 
   assert dpt.suit_rows(shape, jnp.bfloat16, MAP_CHANNELS)
   assert_as_xla_does(run, monkeypatch, dpt)
