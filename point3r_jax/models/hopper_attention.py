@@ -69,10 +69,6 @@ class _Form(NamedTuple):
     """Returns how many tasks so many queries of a head make."""
     return -(-queries // (self.computing * ROWS))
 
-  def blocks(self, heads: int, queries: int) -> int:
-    """Returns how many blocks those of all heads make."""
-    return heads * self.tasks(queries)
-
 
 _FORMS = (
   _Form(3, 128, 128, (160, 32), 4.0),
@@ -86,14 +82,14 @@ def quickest(forms: Iterable[_AnyForm], heads: int, tokens: int) -> _AnyForm:
   """Returns the form that takes the least time, the first of equals.
 
   Args:
-    forms: with `blocks` of so many heads and tokens, and the time of a `turn`,
-      in which all multiprocessors take a block each.
+    forms: with `tasks` of so many tokens of a head, and the time of a `turn`,
+      in which all multiprocessors take a task each.
     heads: of all sequences.
-    tokens: of each, which blocks divide.
+    tokens: that a form's tasks divide.
   """
 
   def time(form):
-    return pl.cdiv(form.blocks(heads, tokens), multiprocessors()) * form.turn
+    return -(-heads * form.tasks(tokens) // multiprocessors()) * form.turn
 
   return min(forms, key=time)
 

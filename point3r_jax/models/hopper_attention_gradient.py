@@ -1,18 +1,18 @@
 """Gradients of attention as one kernel for NVIDIA's Hopper GPUs.
 
 A block keeps some keys of a head, with their values, and passes over the
-queries once, as FlashAttention does (arXiv 2205.14135): each of its warpgroups
-sums the gradients of its own 64 keys and values, and they take turns in
-multiplying what all of them found for 64 queries. Where a block's keys are all,
-as a small frame's tokens are, nothing is summed in memory, cleared before or
-rounded after. Results are the same each time.
+queries once, as FlashAttention does (arXiv 2205.14135): its warpgroups sum the
+gradients of 64 keys and values each. One more fetches queries for them, and
+multiplies what all of them found for 64 queries, which they need not wait for.
+Where a block's keys are all, as a small frame's tokens are, nothing is summed
+in memory, cleared before or rounded after. Results are the same each time.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -26,7 +26,6 @@ from point3r_jax.models.hopper import (
   TILE,
   barriers,
   bind,
-  divide,
   divide_up,
   shared_tiles,
   slot,
@@ -44,61 +43,32 @@ class _Form(NamedTuple):
   """A shape of blocks, each of which has a multiprocessor to itself.
 
   Attributes:
-    warpgroups: of a task, each with keys of its own. Fewer have more registers.
-    queries: that are multiplied at a time, as registers allow.
+    computing: warpgroups with keys of their own. Fewer have more registers.
+    queries: that these multiply at a time, as registers allow.
+    registers: of a thread that computes, and of one that fetches; not more than
+      all have at first, or threads wait for them forever.
     turn: time of a block, measured, relative to the others'.
-    teams: of warpgroups, each with a task of another head, that do not wait for
-      each other.
   """
 
-  warpgroups: int
+  computing: int
   queries: int
+  registers: tuple[int, int]
   turn: float
-  teams: int = 1
 
   @property
   def keys(self) -> int:
-    """Keys of a task."""
-    return self.warpgroups * ROWS
+    """Keys of a block."""
+    return self.computing * ROWS
 
   def tasks(self, keys: int) -> int:
-    """Returns how many tasks so many keys of a head make."""
+    """Returns how many tasks, of a block each, so many keys of a head make."""
     return -(-keys // self.keys)
-
-  def blocks(self, heads: int, keys: int) -> int:
-    """Returns how many blocks those of all heads make."""
-    return pl.cdiv(heads, self.teams) * self.tasks(keys)
 
 
 FORMS = (
-  _Form(4, ROWS // 2, 1.4),
-  _Form(3, ROWS, 1.0),
-  _Form(2, ROWS // 2, 1.5, teams=2),
+  _Form(4, ROWS // 4, (104, 64), 1.5),
+  _Form(3, ROWS, (144, 80), 1.0),
 )
-
-
-class _Tiles(NamedTuple):
-  """Shared memory; the first axis is that of teams.
-
-  Attributes:
-    key: (warpgroups, 64, channels), of each its own.
-    value: the same.
-    query: (steps in flight, 64, channels).
-    gradient: the same, of what attention gives for these queries.
-    log_sum: (steps in flight, 64) float32.
-    dot: the same.
-    score: (places, warpgroups, 64, 64), gradients of scores, keys by queries.
-    result: (warpgroups, 64, channels), room for what is sent.
-  """
-
-  key: Any
-  value: Any
-  query: Any
-  gradient: Any
-  log_sum: Any
-  dot: Any
-  score: Any
-  result: Any
 
 
 def _gradient_kernel(
@@ -115,7 +85,14 @@ def _gradient_kernel(
   of_value,
   *,
   form,
-  tiles,
+  key_tiles,
+  value_tiles,
+  query_tiles,
+  gradient_tiles,
+  log_sum_tiles,
+  dot_tiles,
+  score_tiles,
+  result_tiles,
   own_ready,
   ready,
   scores_ready,
@@ -124,45 +101,33 @@ def _gradient_kernel(
   """What a block of warpgroups does.
 
   All arguments are references: operands and results in global memory, then
-  `_Tiles`, and barriers. Steps take turns in the places for gradients of
-  scores.
+  tiles in shared memory, and barriers. Keys and values have a tile for each
+  warpgroup that computes, results for the last one, too; queries, and what
+  belongs to them, one for each step in flight. The gradients of scores of a
+  step, keys by queries, have one for each warpgroup, in one of `_PLACES`, which
+  they take in turn.
   """
-  _, num_queries, heads, channels = query.shape
   batch, head, tile = (lax.axis_index(x) for x in ("batch", "head", "tile"))
-  team, warpgroup = 0, lax.axis_index("warpgroup")
-  if form.teams > 1:
-    team, warpgroup = divide(warpgroup, form.warpgroups)
-    # The last one may be done twice.
-    head = jnp.minimum(head * form.teams + team, heads - 1)
-  tiles = _Tiles(*(x.at[team] for x in tiles))
+  warpgroup = lax.axis_index("warpgroup")
+  num_queries, channels = query.shape[1], query_tiles.shape[-1]
   scale = channels**-0.5
   first, keys = tile * form.keys, key_length[batch]
   steps = jnp.where(first < keys, divide_up(query_length[batch], ROWS), 0)
   own = first + warpgroup * ROWS
   own_rows = pl.ds(own, ROWS)
-  own_keys, own_values, own_result = (
-    x.at[warpgroup] for x in (tiles.key, tiles.value, tiles.result)
-  )
-  own_ready = own_ready.at[team]
-
-  def arrived(step):
-    return ready.at[team * _STAGES + slot(step, _STAGES)]
-
-  def whose_turn(step):
-    return slot(step, form.warpgroups)
-
-  def of_warpgroup(barriers, number):
-    return barriers.at[team * form.warpgroups + number]
+  own_keys, own_values = key_tiles.at[warpgroup], value_tiles.at[warpgroup]
+  own_result = result_tiles.at[warpgroup]
+  zeros = plgpu.layout_cast(jnp.zeros((ROWS, channels), jnp.float32), TILE)
 
   def fetch(step):
     rows, here = pl.ds(step * ROWS, ROWS), slot(step, _STAGES)
-    for source, to in ((query, tiles.query), (gradient, tiles.gradient)):
+    for source, tiles in ((query, query_tiles), (gradient, gradient_tiles)):
       plgpu.copy_gmem_to_smem(
-        source.at[batch, rows, head], to.at[here], arrived(step)
+        source.at[batch, rows, head], tiles.at[here], ready.at[here]
       )
-    for source, to in ((log_sum, tiles.log_sum), (dot, tiles.dot)):
+    for source, tiles in ((log_sum, log_sum_tiles), (dot, dot_tiles)):
       plgpu.copy_gmem_to_smem(
-        source.at[batch, head, rows], to.at[here], arrived(step)
+        source.at[batch, head, rows], tiles.at[here], ready.at[here]
       )
 
   def send(total, tile, result):
@@ -181,12 +146,12 @@ def _gradient_kernel(
     """Adds what a part of a step's queries gives to the own keys' gradients."""
     here = slot(step, _STAGES)
     columns = pl.ds(part * form.queries, form.queries)
-    queries = tiles.query.at[here, columns]
-    gradients = tiles.gradient.at[here, columns]
+    queries = query_tiles.at[here, columns]
+    gradients = gradient_tiles.at[here, columns]
     dtype = queries.dtype
 
-    def down_columns(statistics):
-      x = plgpu.layout_cast(statistics[here, columns], COLUMN)
+    def down_columns(tiles):
+      x = plgpu.layout_cast(tiles[here, columns], COLUMN)
       return lax.broadcast_in_dim(x, (ROWS, form.queries), [1])
 
     def mask(weights):
@@ -195,12 +160,13 @@ def _gradient_kernel(
 
     # Registers do not hold both products at once.
     scores = multiply(own_keys, queries) * (scale * math.log2(math.e))
-    weights = jnp.exp2(scores - down_columns(tiles.log_sum))
+    weights = jnp.exp2(scores - down_columns(log_sum_tiles))
     weights = lax.cond(own + ROWS > keys, mask, lambda x: x, weights)
+    of_weights = multiply(own_values, gradients) - down_columns(dot_tiles)
+    of_scores = (weights * of_weights).astype(dtype)
+    # Last: were they made float32 again, they would not be rounded in pairs.
     weights = weights.astype(dtype)
-    of_weights = multiply(own_values, gradients) - down_columns(tiles.dot)
-    of_scores = (weights.astype(jnp.float32) * of_weights).astype(dtype)
-    place = tiles.score.at[slot(step, _PLACES), warpgroup]
+    place = score_tiles.at[slot(step, _PLACES), warpgroup]
     place.at[:, columns][...] = of_scores
 
     def add(totals):
@@ -211,26 +177,33 @@ def _gradient_kernel(
 
   def of_queries(step):
     """Makes gradients of a step's queries of what all warpgroups found."""
+    place = slot(step, _PLACES)
+    plgpu.barrier_wait(scores_ready.at[place])
+
+    # All have read what is here.
+    @pl.when(step + _STAGES < steps)
+    def _():
+      fetch(step + _STAGES)
 
     def run(total):
-      places = tiles.score.at[slot(step, _PLACES)]
-      for other in range(form.warpgroups):
-        plgpu.wgmma(total, places.at[other].T, tiles.key.at[other])
+      scores = score_tiles.at[place]
+      for other in range(form.computing):
+        plgpu.wgmma(total, scores.at[other].T, key_tiles.at[other])
       return total[...]
 
     total = pl.run_scoped(run, plgpu.ACC((ROWS, channels), jnp.float32))
-    plgpu.barrier_arrive(of_warpgroup(scores_read, warpgroup))
+    plgpu.barrier_arrive(scores_read.at[place])
     plgpu.wait_smem_to_gmem(0)
     rows = pl.ds(step * ROWS, ROWS)
     send(total * scale, own_result, of_query.at[tile, batch, rows, head])
 
   def take_step(step, totals):
-    plgpu.barrier_wait(arrived(step))
+    place = slot(step, _PLACES)
+    plgpu.barrier_wait(ready.at[slot(step, _STAGES)])
 
     @pl.when(step >= _PLACES)
     def _():
-      before = whose_turn(step - _PLACES)
-      plgpu.barrier_wait(of_warpgroup(scores_read, before))
+      plgpu.barrier_wait(scores_read.at[place])
 
     totals = of_own(step, 0, totals)
     for part in range(1, ROWS // form.queries):
@@ -242,51 +215,46 @@ def _gradient_kernel(
       else:
         totals = add_part(totals)
     plgpu.commit_smem()
-    plgpu.barrier_arrive(of_warpgroup(scores_ready, whose_turn(step)))
-
-    @pl.when(whose_turn(step) == warpgroup)
-    def _():
-      plgpu.barrier_wait(of_warpgroup(scores_ready, warpgroup))
-
-      # All have read what is here.
-      @pl.when(step + _STAGES < steps)
-      def _():
-        fetch(step + _STAGES)
-
-      of_queries(step)
-
+    plgpu.barrier_arrive(scores_ready.at[place])
     return totals
 
-  for source, own_tile in ((key, own_keys), (value, own_values)):
-    plgpu.copy_gmem_to_smem(
-      source.at[batch, own_rows, head], own_tile, own_ready
-    )
+  def compute():
+    plgpu.set_max_registers(form.registers[0], action="increase")
+    for source, own_tile in ((key, own_keys), (value, own_values)):
+      plgpu.copy_gmem_to_smem(
+        source.at[batch, own_rows, head], own_tile, own_ready
+      )
+    plgpu.barrier_wait(own_ready)
+    totals = lax.fori_loop(0, steps, take_step, (zeros, zeros))
+    # Others may still read the own keys, but not the values.
+    send(totals[1], own_values, of_value.at[batch, own_rows, head])
+    send(totals[0] * scale, own_result, of_key.at[batch, own_rows, head])
 
-  @pl.when(jnp.logical_and(warpgroup < _STAGES, warpgroup < steps))
-  def _():
-    fetch(warpgroup)
+  def help_others():
+    plgpu.set_max_registers(form.registers[1], action="decrease")
 
-  plgpu.barrier_wait(own_ready)
-  zeros = plgpu.layout_cast(jnp.zeros((ROWS, channels), jnp.float32), TILE)
-  totals = lax.fori_loop(0, steps, take_step, (zeros, zeros))
-  if of_query.shape[0] == 1:
-    # Nobody adds this to others', who would know what was not written.
-    plgpu.wait_smem_to_gmem(0)
-    own_result[...] = zeros.astype(own_result.dtype)
-    plgpu.commit_smem()
-
-    @pl.loop(steps, pl.cdiv(num_queries, ROWS))
+    @pl.loop(0, jnp.minimum(steps, _STAGES))
     def _(step):
-      @pl.when(whose_turn(step) == warpgroup)
-      def _():
+      fetch(step)
+
+    plgpu.barrier_wait(own_ready)
+
+    @pl.loop(0, steps)
+    def _(step):
+      of_queries(step)
+
+    if of_query.shape[0] == 1:
+      # Nobody adds this to others', who would know what was not written.
+      plgpu.wait_smem_to_gmem(0)
+      own_result[...] = zeros.astype(own_result.dtype)
+      plgpu.commit_smem()
+
+      @pl.loop(steps, pl.cdiv(num_queries, ROWS))
+      def _(step):
         rows = pl.ds(step * ROWS, ROWS)
         plgpu.copy_smem_to_gmem(own_result, of_query.at[0, batch, rows, head])
 
-    plgpu.wait_smem_to_gmem(0)
-  # Others may still read the own keys, but not the values.
-  send(totals[1], own_values, of_value.at[batch, own_rows, head])
-  plgpu.wait_smem_to_gmem(1)
-  send(totals[0] * scale, own_result, of_key.at[batch, own_rows, head])
+  lax.cond(warpgroup < form.computing, compute, help_others)
   plgpu.wait_smem_to_gmem(0)
 
 
@@ -365,10 +333,10 @@ def hopper_attention_gradient(
   # Parts of a step are no wider, and all that is multiplied is laid out alike.
   swizzle = plgpu.find_swizzle(math.gcd(channels, form.queries) * 16)
   tiles = functools.partial(shared_tiles, dtype=dtype, swizzle=swizzle)
-  teams, warpgroups = form.teams, form.warpgroups
-  own = tiles((teams, warpgroups, ROWS, channels))
-  flying = tiles((teams, _STAGES, ROWS, channels))
-  statistics = plgpu.SMEM((teams, _STAGES, ROWS), jnp.float32)
+  computing = form.computing
+  own = tiles((computing, ROWS, channels))
+  flying = tiles((_STAGES, ROWS, channels))
+  statistics = plgpu.SMEM((_STAGES, ROWS), jnp.float32)
   of_query, of_key, of_value = plgpu.kernel(
     bind(_gradient_kernel, form=form),
     out_type=(
@@ -377,24 +345,22 @@ def hopper_attention_gradient(
       jax.ShapeDtypeStruct(value.shape, dtype),
     ),
     scratch_types={
-      "tiles": _Tiles(
-        key=own,
-        value=own,
-        query=flying,
-        gradient=flying,
-        log_sum=statistics,
-        dot=statistics,
-        score=tiles((teams, _PLACES, warpgroups, ROWS, ROWS)),
-        result=own,
-      ),
-      "own_ready": barriers(teams, 2 * warpgroups),
-      "ready": barriers(teams * _STAGES, 4),
-      "scores_ready": barriers(teams * warpgroups, warpgroups),
-      "scores_read": barriers(teams * warpgroups),
+      "key_tiles": own,
+      "value_tiles": own,
+      "query_tiles": flying,
+      "gradient_tiles": flying,
+      "log_sum_tiles": statistics,
+      "dot_tiles": statistics,
+      "score_tiles": tiles((_PLACES, computing, ROWS, ROWS)),
+      "result_tiles": tiles((computing + 1, ROWS, channels)),
+      "own_ready": barriers(1, 2 * computing),
+      "ready": barriers(_STAGES, 4),
+      "scores_ready": barriers(_PLACES, computing),
+      "scores_read": barriers(_PLACES),
     },
-    grid=(pl.cdiv(heads, teams), blocks, batch),
+    grid=(heads, blocks, batch),
     grid_names=("head", "tile", "batch"),
-    num_threads=teams * warpgroups,
+    num_threads=computing + 1,
     thread_name="warpgroup",
     compiler_params=COMPILER,
   )(

@@ -56,7 +56,7 @@ def test_attention_equals_xla(implementation, head_dim, lengths):
 
 @pytest.mark.parametrize("head_dim", [16, 48, 64])
 @pytest.mark.parametrize(
-  ("batch", "tokens", "warpgroups", "blocks"),
+  ("batch", "tokens", "computing", "blocks"),
   [
     (2, (80, 136), 3, 1),
     (2, (8, 200), 3, 2),
@@ -65,15 +65,14 @@ def test_attention_equals_xla(implementation, head_dim, lengths):
     (16, (200, 200), 4, 1),
     (16, (784, 784), 3, 5),  # Forward ten tasks for each multiprocessor.
     (2, (80, 1000), 4, 4),
-    (3, (80, 600), 2, 5),  # Two tasks a block.
   ],
 )
 def test_hopper_attentions_backward_pass(
-  batch, tokens, warpgroups, blocks, head_dim
+  batch, tokens, computing, blocks, head_dim
 ):
   """Within one and several blocks of keys; the same results each time."""
   form = quickest(hopper_attention_gradient.FORMS, 16 * batch, tokens[1])
-  assert (form.warpgroups, form.tasks(tokens[1])) == (warpgroups, blocks)
+  assert (form.computing, form.tasks(tokens[1])) == (computing, blocks)
   keys = jax.random.split(jax.random.key(0), 4)
   query, key, value, gradient = (
     jax.random.normal(x, (batch, count, 16, head_dim), jnp.bfloat16)

@@ -15,15 +15,13 @@ import pytest
 
 from point3r_jax.models import (
   hopper_attention,
+  hopper_attention_gradient,
   hopper_gelus,
   hopper_parts,
   hopper_product,
 )
 from point3r_jax.models.attention import attention
 from point3r_jax.models.hopper_attention import hopper_attention as attend
-from point3r_jax.models.hopper_attention_gradient import (
-  hopper_attention_gradient,
-)
 from point3r_jax.models.rotary import apply_rotary, rotary_2d, rotary_3d
 from point3r_jax.models.row_kernels import gelu_slope
 
@@ -157,9 +155,9 @@ def test_parts_of_a_product(interpreted, rows, width, channels, forms):
     assert_close(part, expected)
 
 
-# One block of keys in the backward pass, and two; of one sample's queries the
+# One block of keys in the backward pass, or more; of one sample's queries the
 # last ones are in steps that nothing is to be done for.
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("form", [None, *hopper_attention_gradient.FORMS])
 @pytest.mark.parametrize(
   ("tokens", "channels", "queries", "lengths"),
   [
@@ -167,25 +165,30 @@ def test_parts_of_a_product(interpreted, rows, width, channels, forms):
     ((72, 264), 48, (5, 72), (257, 264)),
   ],
 )
-def test_attention(interpreted, tokens, channels, queries, lengths, training):
-  query = draw(0, 2, tokens[0], 3, channels)
-  key, value = (draw(i, 2, tokens[1], 3, channels) for i in (1, 2))
+def test_attention(
+  monkeypatch, interpreted, tokens, channels, queries, lengths, form
+):
+  """Without a backward pass, and with one of some form."""
+  query = draw(0, 2, tokens[0], 2, channels)
+  key, value = (draw(i, 2, tokens[1], 2, channels) for i in (1, 2))
   queries, lengths = (
     jnp.array(queries, jnp.int32),
     jnp.array(lengths, jnp.int32),
   )
   valid = jnp.arange(tokens[0]) < queries[:, None]
-  kernel = functools.partial(attend.__wrapped__, keep_log_sum=training)
+  kernel = functools.partial(attend.__wrapped__, keep_log_sum=form is not None)
   result = kernel(query, key, value, queries, lengths)
   exact = functools.partial(attention, key_length=lengths, implementation="xla")
   expected, pullback = jax.vjp(exact, *wide(query, key, value))
-  if not training:
+  if form is None:
     assert_close(result[valid], expected[valid])
     return
   result, log_sum = result
   assert_close(result[valid], expected[valid])
   gradient = jnp.where(valid[..., None, None], draw(3, *query.shape), 0)
-  found = hopper_attention_gradient.__wrapped__(
+  monkeypatch.setattr(hopper_attention_gradient, "FORMS", (form,))
+  backward = hopper_attention_gradient.hopper_attention_gradient.__wrapped__
+  found = backward(
     query, key, value, queries, lengths, result, log_sum, gradient
   )
   assert not found[0][~valid].any()
