@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -101,26 +102,24 @@ def _two_numbers(x: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _read_out(
-  x: jax.Array, before: jax.Array, kernel: jax.Array, bias: jax.Array
-) -> jax.Array:
-  """Rectifies x (…, K) plus a bias (K,), both bfloat16, for a linear map.
+def _read_out(x: jax.Array, bias: jax.Array, kernel: jax.Array) -> jax.Array:
+  """Rectifies x (…, K) plus a bias (K,), both bfloat16, times a kernel.
 
-  That is of a kernel (K, n), n small, and a bias (n,), in float32. Products of
-  float32 would first copy x, and are slow with few columns. So the kernel, and
-  for its own gradient that of the result, count to 16 bits.
+  Of (K, n), n small, in float32. Products of float32 would first copy x, and
+  are slow with few columns. So the kernel, and for its own gradient that of the
+  result, count to 16 bits.
   """
-  return _read_out_forward(x, before, kernel, bias)[0]
+  return _read_out_forward(x, bias, kernel)[0]
 
 
-def _read_out_forward(x, before, kernel, bias):
-  x, features = relu(x + before), kernel.shape[-1]
+def _read_out_forward(x, bias, kernel):
+  x, features = relu(x + bias), kernel.shape[-1]
   columns = _two_numbers(kernel)
   # More of them, zeros, than needed: kernels for so many are faster.
   columns = jnp.pad(columns, ((0, 0), (0, -2 * features % 16)))
   y = jnp.matmul(x, columns, preferred_element_type=jnp.float32)
   y = y[..., :features] + y[..., features : 2 * features]
-  return y + bias, (x, kernel)
+  return y, (x, kernel)
 
 
 def _read_out_backward(saved, gradient):
@@ -128,15 +127,15 @@ def _read_out_backward(saved, gradient):
   channels, features = kernel.shape
   if suit_rows(x.shape, x.dtype, MAP_CHANNELS):
     kernels = kernel[None]  # All devices have all of it.
-    to_x, *sums = divide_batch(read_out_gradient)(x, gradient, kernels)
-    to_before, to_bias = map(sum_blocks, sums)
+    to_x, sums = divide_batch(read_out_gradient)(x, gradient, kernels)
+    to_bias = sum_blocks(sums)
   else:
     to_x = sum(gradient[..., i, None] * kernel[:, i] for i in range(features))
     to_x = jnp.where(x != 0, to_x, 0).astype(x.dtype)
-    to_before, to_bias = sum_rows(to_x), sum_rows(gradient)
+    to_bias = sum_rows(to_x)
   to_kernel = sum_products(x, _two_numbers(gradient))
   to_kernel = to_kernel.reshape(channels, 2, features).sum(axis=1)
-  return to_x, to_before.astype(x.dtype), to_kernel, to_bias
+  return to_x, to_bias.astype(x.dtype), to_kernel.astype(kernel.dtype)
 
 
 _read_out.defvjp(_read_out_forward, _read_out_backward)
@@ -167,7 +166,7 @@ class Readout(nn.Module):
     kernel = parameter(self, "kernel", (x.shape[-1], self.features))
     bias = parameter(self, "bias", (self.features,))
     if x.dtype == jnp.bfloat16:
-      return _read_out(x, before, kernel, bias)
+      return _read_out(x, before, kernel) + bias
     x = relu(x + before).astype(jnp.float32)
     return jnp.matmul(x, kernel, precision="highest") + bias
 
@@ -253,26 +252,32 @@ def _combine(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
   return total.astype(x.dtype)
 
 
-@jax.custom_vjp
-def _double(x: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _double(x: jax.Array, kernels: bool) -> jax.Array:
   """Doubles a map (B, h, w, K) to (B, 2h, 2w, K)."""
-  if suit_rows(x.shape, x.dtype, MAP_CHANNELS):
+  if kernels and suit_rows(x.shape, x.dtype, MAP_CHANNELS):
     return divide_batch(double_map)(x)
   return _combine(x, *map(_doubling, x.shape[1:3]))
 
 
-def _double_backward(_, gradient):
-  if suit_rows(gradient.shape, gradient.dtype, MAP_CHANNELS):
+def _double_forward(x, kernels):
+  return _double(x, kernels), None
+
+
+def _double_backward(kernels, _, gradient):
+  if kernels and suit_rows(gradient.shape, gradient.dtype, MAP_CHANNELS):
     return (divide_batch(halve_map)(gradient),)
   # JAX would make a scattering of the gathering.
   rows, columns = (_doubling(side // 2).T for side in gradient.shape[1:3])
   return (_combine(gradient, rows, columns),)
 
 
-_double.defvjp(lambda x: (_double(x), None), _double_backward)
+_double.defvjp(_double_forward, _double_backward)
 
 
-def upsample(x: jax.Array, keep: tuple[int, int] | None = None) -> jax.Array:
+def upsample(
+  x: jax.Array, keep: tuple[int, int] | None = None, kernels: bool = False
+) -> jax.Array:
   """Doubles a map (B, h, w, K) bilinearly with corners aligned.
 
   There is no forward-mode derivative.
@@ -280,11 +285,12 @@ def upsample(x: jax.Array, keep: tuple[int, int] | None = None) -> jax.Array:
   Args:
     x: (B, h, w, K).
     keep: rows and columns to return, the first of the doubled map; None: all.
+    kernels: whether GPUs that have them (`suit_rows`) run kernels of ours.
 
   Returns:
     (B, 2h, 2w, K), or (B, *keep, K).
   """
-  y = _double(x)
+  y = _double(x, kernels)
   return y if keep is None else y[:, : keep[0], : keep[1]]
 
 
@@ -302,9 +308,15 @@ class ResidualConv(nn.Module):
 
 
 class Refine(nn.Module):
-  """One step of the fusion path, from a coarse map to the next finer one."""
+  """One step of the fusion path, from a coarse map to the next finer one.
+
+  Attributes:
+    dtype: type of operands and results.
+    kernels: see `upsample`.
+  """
 
   dtype: jnp.dtype
+  kernels: bool
 
   @nn.compact
   def __call__(
@@ -331,7 +343,7 @@ class Refine(nn.Module):
     x = ResidualConv(self.dtype, name="unit")(x)
     # A pointwise linear map and an interpolation commute: the cheaper order.
     x = Linear(x.shape[-1], self.dtype, name="output")(x)
-    return upsample(x, keep)
+    return upsample(x, keep, self.kernels)
 
 
 class DenseHead(nn.Module):
@@ -369,9 +381,11 @@ class DenseHead(nn.Module):
         Conv(config.dpt_features, dtype, use_bias=False, name=f"layer_{k}")(x)
       )
     # The coarsest map has ⌈h/2⌉ rows: doubled it may be one row too large.
-    x = Refine(dtype, name="refine_3")(layers[3], None, keep=grid)
+    kernels = self.compute.trains_in_16_bits
+    x = Refine(dtype, kernels, name="refine_3")(layers[3], None, keep=grid)
     for k in (2, 1, 0):
-      x = Refine(dtype, name=f"refine_{k}")(x, layers[k])
-    x = upsample(Conv(config.dpt_features // 2, dtype, name="head_0")(x))
+      x = Refine(dtype, kernels, name=f"refine_{k}")(x, layers[k])
+    x = Conv(config.dpt_features // 2, dtype, name="head_0")(x)
+    x = upsample(x, kernels=kernels)
     last = Conv(config.dpt_head_width, dtype, name="head_1")
     return Readout(4, name="head_2")(*last(x, _leave_apart))

@@ -171,42 +171,33 @@ def halve_map(gradient: jax.Array, interpret: bool = False) -> jax.Array:
   return _run(_halve_kernel, gradient, size, size, "halve_map", interpret)
 
 
-def _read_out_gradient_kernel(
-  x, gradient, kernel, result, sums, sums_of_gradient, *, rows
-):
-  """Makes a block of it, and sums.
+def _read_out_gradient_kernel(x, gradient, kernel, result, sums, *, rows):
+  """Makes a block of it; references (n, c), (n, features), (features, c).
 
-  References (n, c), (n, features), (features, c), (n, c), (1, c) and
-  (1, features).
+  And of sums (1, c).
   """
   block, channels = x.shape
-  features, height = kernel.shape[0], math.gcd(rows, _PIXELS)
+  height = math.gcd(rows, _PIXELS)
   left = rows - pl.program_id(1) * block
-  columns = [kernel[i, :][None] for i in range(features)]
+  columns = [kernel[i, :][None] for i in range(kernel.shape[0])]
 
-  def add_tile(tile, totals):
+  def add_tile(tile, total):
     at = pl.ds(tile * height, height)
-    gradients = [gradient[at, i] for i in range(features)]
     of_x = sum(
-      part[:, None] * column
-      for part, column in zip(gradients, columns, strict=True)
+      gradient[at, i][:, None] * column for i, column in enumerate(columns)
     )
     of_x = jnp.where(x[at, :] != 0, of_x, 0)
     result[at, :] = of_x.astype(result.dtype)
-    return jax.tree.map(jnp.add, totals, (of_x, gradients))
+    return total + of_x
 
-  zeros = jnp.zeros((height,), jnp.float32)
-  start = jnp.zeros((height, channels), jnp.float32), features * [zeros]
   tiles = jnp.minimum(left, block) // height
-  of_rows, of_gradients = jax.lax.fori_loop(0, tiles, add_tile, start)
-  sums[0, :] = of_rows.sum(axis=0)
-  for i, total in enumerate(of_gradients):
-    sums_of_gradient[0, i] = total.sum()
+  start = jnp.zeros((height, channels), jnp.float32)
+  sums[0, :] = jax.lax.fori_loop(0, tiles, add_tile, start).sum(axis=0)
 
 
 def read_out_gradient(
   x: jax.Array, gradient: jax.Array, kernel: jax.Array, interpret: bool = False
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array]:
   """Gradient of what was rectified and multiplied by a few columns.
 
   Args:
@@ -216,16 +207,15 @@ def read_out_gradient(
     interpret: whether to run without a GPU.
 
   Returns:
-    (…, C) in the type of x, zero where x is; sums of its rows (blocks, C)
-    float32, taken before it was rounded; and those of the gradient's, (blocks,
-    features).
+    (…, C) in the type of x, zero where x is, and sums of its rows (blocks, C)
+    float32, taken before it was rounded.
   """
   shape, features = x.shape, kernel.shape[-1]
   x, gradient = flatten(x, gradient)
   rows, channels = x.shape
   blocks = pl.cdiv(rows, _READ_PIXELS)
   tile = pl.BlockSpec((_READ_PIXELS, MAP_CHANNELS), lambda j, i: (i, j))
-  of_x, *sums = pl.pallas_call(
+  of_x, sums = pl.pallas_call(
     functools.partial(_read_out_gradient_kernel, rows=rows),
     grid=(channels // MAP_CHANNELS, blocks),
     in_specs=[
@@ -233,18 +223,13 @@ def read_out_gradient(
       pl.BlockSpec((_READ_PIXELS, features), lambda j, i: (i, 0)),
       pl.BlockSpec((features, MAP_CHANNELS), lambda j, i: (0, j)),
     ],
-    out_specs=(
-      tile,
-      pl.BlockSpec((1, MAP_CHANNELS), lambda j, i: (i, j)),
-      pl.BlockSpec((1, features), lambda j, i: (i, 0)),
-    ),
+    out_specs=(tile, pl.BlockSpec((1, MAP_CHANNELS), lambda j, i: (i, j))),
     out_shape=(
       jax.ShapeDtypeStruct(x.shape, x.dtype),
       jax.ShapeDtypeStruct((blocks, channels), jnp.float32),
-      jax.ShapeDtypeStruct((blocks, features), jnp.float32),
     ),
     compiler_params=compiler_params(),
     name="read_out_gradient",
     interpret=interpret,
   )(x, gradient, kernel[0].T)
-  return of_x.reshape(shape), *sums
+  return of_x.reshape(shape), sums

@@ -302,19 +302,18 @@ def test_products_with_gelus_equal_xla(monkeypatch, rows, width, hidden):
 
 @pytest.mark.parametrize("shape", [(1, 3, 8, 128), (16, 224, 224, 128)])
 def test_maps_read_out_equal_xla(monkeypatch, shape):
-  keys = jax.random.split(jax.random.key(0), 5)
+  keys = jax.random.split(jax.random.key(0), 4)
   x = jax.random.normal(keys[0], shape, jnp.bfloat16)
-  before = jax.random.normal(keys[1], shape[-1:], jnp.bfloat16)
+  bias = jax.random.normal(keys[1], shape[-1:], jnp.bfloat16)
   kernel = jax.random.normal(keys[2], (shape[-1], 4))
-  bias = jax.random.normal(keys[3], (4,))
-  gradient = jax.random.normal(keys[4], (*shape[:-1], 4))
+  gradient = jax.random.normal(keys[3], (*shape[:-1], 4))
 
   def run():
-    def both(x, before, kernel, bias, gradient):
-      result, pullback = jax.vjp(dpt._read_out, x, before, kernel, bias)
+    def both(x, bias, kernel, gradient):
+      result, pullback = jax.vjp(dpt._read_out, x, bias, kernel)
       return result, *pullback(gradient)
 
-    return jax.jit(both)(x, before, kernel, bias, gradient)
+    return jax.jit(both)(x, bias, kernel, gradient)
 
   assert dpt.suit_rows(shape, jnp.bfloat16, MAP_CHANNELS)
   assert_as_xla_does(run, monkeypatch, dpt)
@@ -332,7 +331,8 @@ def test_maps_doubled_equal_xla(monkeypatch, shape):
 
   def run():
     def both(x, gradient):
-      result, pullback = jax.vjp(dpt.upsample, x)
+      upsample = functools.partial(dpt.upsample, kernels=True)
+      result, pullback = jax.vjp(upsample, x)
       return result, *pullback(gradient)
 
     return jax.jit(both)(x, gradient)

@@ -13,6 +13,8 @@ from point3r_jax.training.sharding import make_mesh
 
 KERNELS = "double_map", "halve_map", "read_out_gradient"
 
+upsample = functools.partial(dpt.upsample, kernels=True)
+
 
 @pytest.fixture
 def shapes(monkeypatch):
@@ -54,7 +56,7 @@ def test_maps_are_doubled(request, size, batch, channels):
   gradient = draw(1, (batch, 2 * size[0], 2 * size[1], channels), jnp.float32)
 
   def run():
-    result, pullback = jax.vjp(dpt.upsample, x)
+    result, pullback = jax.vjp(upsample, x)
     return result, pullback(gradient)
 
   expected = run()
@@ -68,12 +70,17 @@ def test_maps_of_16_bits_are_doubled_in_float32(request):
   gradient = draw(1, (1, 8, 12, 128))
 
   def run():
-    result, pullback = jax.vjp(dpt.upsample, x)
+    result, pullback = jax.vjp(upsample, x)
     return result, pullback(gradient)
 
   expected = run()
   request.getfixturevalue("shapes")
   assert_close(run(), expected, atol=1e-2)
+
+
+def test_maps_are_doubled_without_kernels_unless_asked_for(shapes):
+  dpt.upsample(draw(0, (1, 8, 8, 128)))
+  assert not shapes
 
 
 def test_weights_of_pixels_sum_to_one():
@@ -92,40 +99,40 @@ def test_weights_of_pixels_sum_to_one():
 )
 def test_maps_are_read_out(request, shape):
   x, kernel = draw(0, shape), draw(1, (shape[-1], 4), jnp.float32)
-  before, bias = draw(2, shape[-1:]), draw(3, (4,), jnp.float32)
-  gradient = draw(4, (*shape[:-1], 4), jnp.float32)
+  bias = draw(2, shape[-1:])
+  gradient = draw(3, (*shape[:-1], 4), jnp.float32)
 
   def run():
-    result, pullback = jax.vjp(dpt._read_out, x, before, kernel, bias)
-    of_x, of_before, *of_map = pullback(gradient)
-    return (result, of_x, of_map), of_before
+    result, pullback = jax.vjp(dpt._read_out, x, bias, kernel)
+    return result, *pullback(gradient)
 
-  expected, of_before = run()
+  result, of_x, of_bias, of_kernel = run()
   request.getfixturevalue("shapes")
-  found, of_before_again = run()
-  assert_close(found, expected, atol=1e-4)
-  of_x = np.float32(expected[1])
-  expected = of_x.sum((0, 1, 2)).astype(before.dtype)
+  again, of_x_again, of_bias_again, of_kernel_again = run()
+  assert_close(
+    (again, of_x_again, of_kernel_again), (result, of_x, of_kernel), atol=1e-5
+  )
+  expected = np.float32(of_x).sum((0, 1, 2)).astype(bias.dtype)
   # Rows of a gradient are rounded before XLA sums them, or after.
-  for found in (of_before, of_before_again):
+  for found in (of_bias, of_bias_again):
     assert_close(found, expected, atol=0.5)
 
 
 def test_devices_of_a_mesh_share_the_maps(shapes):
   """But each of them has the whole kernel of what is read out."""
-  x, before = draw(0, (8, 2, 2, 128)), draw(1, (128,))
-  kernel, bias = draw(2, (128, 4), jnp.float32), draw(3, (4,), jnp.float32)
+  x, bias = draw(0, (8, 2, 2, 128)), draw(1, (128,))
+  kernel = draw(2, (128, 4), jnp.float32)
 
   @jax.jit
-  def gradients(x, before, kernel, bias):
-    def total(x, before, bias):
-      return jnp.sum(dpt._read_out(dpt.upsample(x), before, kernel, bias) ** 2)
+  def gradients(x, bias, kernel):
+    def total(x, bias):
+      return jnp.sum(dpt._read_out(upsample(x), bias, kernel) ** 2)
 
-    return jax.grad(total, argnums=(0, 1, 2))(x, before, bias)
+    return jax.grad(total, argnums=(0, 1))(x, bias)
 
-  expected = gradients(x, before, kernel, bias)
+  expected = gradients(x, bias, kernel)
   with jax.set_mesh(make_mesh(2, 4)):
-    found = gradients(x, before, kernel, bias)
+    found = gradients(x, bias, kernel)
   maps = [
     [(batch, size, size, channels) for size, channels in sizes]
     for batch in (8, 1)
