@@ -48,12 +48,16 @@ def assert_close(found, expected, atol):
   chex.assert_trees_all_close(found, expected, rtol=2**-7, atol=atol)
 
 
-# Of one line, of several blocks and a last one that is not whole.
-@pytest.mark.parametrize("size", [(1, 1), (2, 40), (9, 16), (3, 1)])
-@pytest.mark.parametrize("batch, channels", [(1, 128), (2, 384)])
-def test_maps_are_doubled(request, size, batch, channels):
-  x = draw(0, (batch, *size, channels), jnp.float32)
-  gradient = draw(1, (batch, 2 * size[0], 2 * size[1], channels), jnp.float32)
+# Of one line, of several blocks and a last one that is not whole, of several
+# samples and parts of their channels.
+@pytest.mark.parametrize(
+  "shape", [(1, 1, 1, 128), (1, 2, 40, 128), (1, 3, 1, 128), (2, 5, 16, 384)]
+)
+def test_maps_are_doubled(request, shape):
+  x = draw(0, shape, jnp.float32)
+  batch, height, width, channels = shape
+  doubled = batch, 2 * height, 2 * width, channels
+  gradient = draw(1, doubled, jnp.float32)
 
   def run():
     result, pullback = jax.vjp(upsample, x)
