@@ -120,3 +120,28 @@ def test_streams_have_norms_of_their_own(monkeypatch, block):
       lambda params: training.apply({"params": fold_norms(params)}, *inputs),
       params,
     )
+
+
+def test_norms_own_maps_have_the_gradients_of_float32():
+  """In training in 16 bits, too, where these are summed in two steps."""
+  x, weights = draw_tree(2 * [jax.ShapeDtypeStruct((2, 128, 24), "float32")], 0)
+  params = draw_tree(dict.fromkeys(("scale", "bias"), x[0, 0]), 1)
+
+  def run(precision, remat):
+    compute = Compute(get_precision(precision), "xla", remat)
+    norm = norms.layer_norm(compute)
+
+    @jax.jit
+    @jax.value_and_grad
+    def total(inputs):
+      params, x = inputs
+      return jnp.vdot(norm.apply({"params": params}, x), weights)
+
+    return total((params, x))
+
+  found, expected = run("bfloat16", "none"), run("float32", None)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4),
+    found,
+    expected,
+  )
