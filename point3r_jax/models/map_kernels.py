@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -71,16 +72,23 @@ def _here(width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
   return pl.program_id(1), column[:, None], (column < width)[:, None]
 
 
+def _place(x: Any, row: jax.Array, column: jax.Array) -> Any:
+  """Returns where pixels of a row of x (rows, columns, c) are, a reference."""
+  return x.at[row, column, jax.lax.iota(jnp.int32, x.shape[-1])[None]]
+
+
+def _read(
+  x: Any, valid: jax.Array, row: jax.Array, column: jax.Array
+) -> jax.Array:
+  place = _place(x, row, column)
+  return triton.load(place, mask=valid, other=0.0).astype(jnp.float32)
+
+
 def _double_kernel(x, y):
   """Doubles some pixels of a row; references (h, w, c) and (2h, 2w, c)."""
-  height, width, channels = x.shape
+  height, width, _ = x.shape
   row, column, valid = _here(width)
-  lanes = jax.lax.iota(jnp.int32, channels)[None]
-
-  def read(row, column):
-    place = x.at[row, column, lanes]
-    return triton.load(place, mask=valid, other=0.0).astype(jnp.float32)
-
+  read = functools.partial(_read, x, valid)
   of_row = _behind(row, height), _ahead(row, height)
   of_column = _behind(column, width), _ahead(column, width)
   lines = [
@@ -90,25 +98,20 @@ def _double_kernel(x, y):
   for down in range(2):
     pixels = _double([line[down] for line in lines], *of_column)
     for across, pixel in enumerate(pixels):
-      place = y.at[2 * row + down, 2 * column + across, lanes]
+      place = _place(y, 2 * row + down, 2 * column + across)
       triton.store(place, pixel.astype(y.dtype), mask=valid)
 
 
 def _halve_kernel(gradient, result):
   """The same backward; references (2h, 2w, c) and (h, w, c)."""
-  height, width, channels = result.shape
+  height, width, _ = result.shape
   row, column, valid = _here(width)
-  lanes = jax.lax.iota(jnp.int32, channels)[None]
-
-  def read(row, column):
-    place = gradient.at[row, column, lanes]
-    return triton.load(place, mask=valid, other=0.0).astype(jnp.float32)
-
+  read = functools.partial(_read, gradient, valid)
   total = sum(
     across * sum(down * read(line, at) for line, down in _taps(row, height))
     for at, across in _taps(column, width)
   )
-  place = result.at[row, column, lanes]
+  place = _place(result, row, column)
   triton.store(place, total.astype(result.dtype), mask=valid)
 
 
