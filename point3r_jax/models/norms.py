@@ -44,23 +44,14 @@ _map_affine.defvjp(_map_affine_forward, _map_affine_backward)
 class _AffineNorm(nn.Module):
   """LayerNorm whose parameters' gradients are summed as GPUs do it fastest."""
 
+  compute: Compute
+
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Normalises x (…, C), in float32."""
     scale = parameter(self, "scale", x.shape[-1:])
     bias = parameter(self, "bias", x.shape[-1:])
-    return _map_affine(_norm(fast=True, affine=False)(x), scale, bias)
-
-
-def _norm(fast: bool, affine: bool, name: str | None = None) -> nn.LayerNorm:
-  return nn.LayerNorm(
-    epsilon=_EPSILON,
-    dtype=jnp.float32,
-    use_scale=affine,
-    use_bias=affine,
-    use_fast_variance=fast,
-    name=name,
-  )
+    return _map_affine(layer_norm(self.compute, affine=False)(x), scale, bias)
 
 
 def layer_norm(
@@ -73,8 +64,15 @@ def layer_norm(
   of rounded products.
   """
   if affine and compute.trains_in_16_bits:
-    return _AffineNorm(name=name)
-  return _norm(compute.trains_in_16_bits, affine, name)
+    return _AffineNorm(compute, name=name)
+  return nn.LayerNorm(
+    epsilon=_EPSILON,
+    dtype=jnp.float32,
+    use_scale=affine,
+    use_bias=affine,
+    use_fast_variance=compute.trains_in_16_bits,
+    name=name,
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
