@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -15,8 +14,10 @@ from flax.linen.dtypes import promote_dtype
 from point3r_jax.config import ModelConfig
 from point3r_jax.models.compute import Compute
 from point3r_jax.models.linear import (
+  Finish,
   Linear,
   add_bias,
+  leave_apart,
   sum_blocks,
   sum_products,
   sum_rows,
@@ -64,16 +65,12 @@ class Conv(nn.Module):
   use_bias: bool = True
 
   @nn.compact
-  def __call__(
-    self,
-    x: jax.Array,
-    finish: Callable[[jax.Array, jax.Array], Any] = add_bias,
-  ) -> Any:
+  def __call__(self, x: jax.Array, finish: Finish | None = None) -> Any:
     """Maps x (B, H, W, K) to (B, ⌈H/stride⌉, ⌈W/stride⌉, features).
 
     Args:
       x: what is mapped.
-      finish: makes the result of that and the bias, if there is one.
+      finish: instead of adding the bias, if there is one.
     """
     channels = x.shape[-1]
     kernel = parameter(self, "kernel", (3, 3, channels, self.features))
@@ -87,7 +84,8 @@ class Conv(nn.Module):
     )
     if self.use_bias:
       bias = parameter(self, "bias", (self.features,))
-      x = finish(x, bias.astype(self.dtype))
+      bias = bias.astype(self.dtype)
+      x = finish(x, bias, self.dtype) if finish else add_bias(x, bias)
     return x
 
 
@@ -139,11 +137,6 @@ def _read_out_backward(saved, gradient):
 
 
 _read_out.defvjp(_read_out_forward, _read_out_backward)
-
-
-def _leave_apart(x: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Leaves a convolution and its bias to `Readout`."""
-  return x, bias
 
 
 class Readout(nn.Module):
@@ -388,4 +381,4 @@ class DenseHead(nn.Module):
     x = Conv(config.dpt_features // 2, dtype, name="head_0")(x)
     x = upsample(x, kernels=kernels)
     last = Conv(config.dpt_head_width, dtype, name="head_1")
-    return Readout(4, name="head_2")(*last(x, _leave_apart))
+    return Readout(4, name="head_2")(*last(x, leave_apart))

@@ -119,9 +119,9 @@ class Factors(NamedTuple):
 
 
 def leave_apart(
-  y: Factors, bias: jax.Array, dtype: jnp.dtype
-) -> tuple[Factors, jax.Array]:
-  """Leaves a product and its bias to `gelus.multiply_gelu`."""
+  y: jax.Array | Factors, bias: jax.Array, dtype: jnp.dtype
+) -> tuple[jax.Array | Factors, jax.Array]:
+  """Leaves a product and its bias to what comes next, see `Finish`."""
   del dtype
   return y, bias
 
