@@ -2,7 +2,6 @@
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 
 from point3r_jax.models import dpt, map_kernels
 from point3r_jax.training.sharding import make_mesh
+from tests.models.arrays import assert_close, draw
 
 KERNELS = "double_map", "halve_map", "read_out_gradient"
 
@@ -35,22 +35,9 @@ def shapes(monkeypatch):
   return called
 
 
-def draw(number, shape, dtype=jnp.bfloat16):
-  return jax.random.normal(jax.random.key(number), shape).astype(dtype)
-
-
 def compiled(run):
   """Runs a function, traced anew, since what it calls may have changed."""
   return jax.jit(lambda: run())()
-
-
-def assert_close(found, expected, atol):
-  chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
-  found, expected = (
-    jax.tree.map(lambda x: np.asarray(x, np.float32), tree)
-    for tree in (found, expected)
-  )
-  chex.assert_trees_all_close(found, expected, rtol=2**-7, atol=atol)
 
 
 # Of one line, of several blocks and a last one that is not whole, of several

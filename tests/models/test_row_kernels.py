@@ -2,7 +2,6 @@
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 from point3r_jax.models import gelus, norms, row_kernels
 from point3r_jax.models.gelus import add_bias_gelu
 from point3r_jax.training.sharding import make_mesh
+from tests.models.arrays import assert_close, draw
 
 CHANNELS = 768  # Two parts, as it is no power of two.
 
@@ -30,19 +30,6 @@ def interpreted(monkeypatch):
 
 def suit_rows(shape, _, width=256):
   return shape[-1] % width == 0
-
-
-def draw(number, shape, dtype=jnp.bfloat16):
-  return jax.random.normal(jax.random.key(number), shape).astype(dtype)
-
-
-def assert_close(found, expected, atol):
-  chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
-  found, expected = (
-    jax.tree.map(lambda x: np.asarray(x, np.float32), tree)
-    for tree in (found, expected)
-  )
-  chex.assert_trees_all_close(found, expected, rtol=2**-7, atol=atol)
 
 
 def normalize(x, biases=(None, None)):
