@@ -64,6 +64,14 @@ class _Form(NamedTuple):
     """Returns how many tasks, of a block each, so many keys of a head make."""
     return -(-keys // self.keys)
 
+  def has_registers(self, channels: int) -> bool:
+    """Says whether registers hold what sums of a product start from.
+
+    That is next to weights, and to sums for keys and values of so many
+    channels; otherwise it is added after.
+    """
+    return self.queries + channels < 2 * ROWS
+
 
 FORMS = (
   _Form(4, ROWS // 4, (104, 64), 1.5),
@@ -78,7 +86,7 @@ def _gradient_kernel(
   key,
   value,
   log_sum,
-  dot,
+  start,
   gradient,
   of_query,
   of_key,
@@ -90,7 +98,7 @@ def _gradient_kernel(
   query_tiles,
   gradient_tiles,
   log_sum_tiles,
-  dot_tiles,
+  start_tiles,
   score_tiles,
   result_tiles,
   own_ready,
@@ -109,7 +117,8 @@ def _gradient_kernel(
   """
   batch, head, tile = (lax.axis_index(x) for x in ("batch", "head", "tile"))
   warpgroup = lax.axis_index("warpgroup")
-  num_queries, channels = query.shape[1], query_tiles.shape[-1]
+  num_queries, num_keys = query.shape[1], key.shape[1]
+  channels = query_tiles.shape[-1]
   scale = channels**-0.5
   first, keys = tile * form.keys, key_length[batch]
   steps = jnp.where(first < keys, divide_up(query_length[batch], ROWS), 0)
@@ -117,7 +126,9 @@ def _gradient_kernel(
   own_rows = pl.ds(own, ROWS)
   own_keys, own_values = key_tiles.at[warpgroup], value_tiles.at[warpgroup]
   own_result = result_tiles.at[warpgroup]
-  zeros = plgpu.layout_cast(jnp.zeros((ROWS, channels), jnp.float32), TILE)
+
+  def zeros(columns):
+    return plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), TILE)
 
   def fetch(step):
     rows, here = pl.ds(step * ROWS, ROWS), slot(step, _STAGES)
@@ -125,7 +136,7 @@ def _gradient_kernel(
       plgpu.copy_gmem_to_smem(
         source.at[batch, rows, head], tiles.at[here], ready.at[here]
       )
-    for source, tiles in ((log_sum, log_sum_tiles), (dot, dot_tiles)):
+    for source, tiles in ((log_sum, log_sum_tiles), (start, start_tiles)):
       plgpu.copy_gmem_to_smem(
         source.at[batch, head, rows], tiles.at[here], ready.at[here]
       )
@@ -135,12 +146,11 @@ def _gradient_kernel(
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(tile, result)
 
-  def multiply(own, others):
-    def run(total):
-      plgpu.wgmma(total, own, others.T)
-      return total[...]
+  def multiply(own, others, sums):
+    def add(sums):
+      plgpu.wgmma(sums, own, others.T)
 
-    return pl.run_scoped(run, plgpu.ACC((ROWS, form.queries), jnp.float32))
+    return pl.run_state(add)(plgpu.ACC.init(sums))
 
   def of_own(step, part, totals):
     """Adds what a part of a step's queries gives to the own keys' gradients."""
@@ -159,10 +169,15 @@ def _gradient_kernel(
       return jnp.where(own + row < keys, weights, 0.0)
 
     # Registers do not hold both products at once.
-    scores = multiply(own_keys, queries) * (scale * math.log2(math.e))
+    scores = multiply(own_keys, queries, zeros(form.queries))
+    scores *= scale * math.log2(math.e)
     weights = jnp.exp2(scores - down_columns(log_sum_tiles))
     weights = lax.cond(own + ROWS > keys, mask, lambda x: x, weights)
-    of_weights = multiply(own_values, gradients) - down_columns(dot_tiles)
+    if form.has_registers(channels):
+      of_weights = multiply(own_values, gradients, down_columns(start_tiles))
+    else:
+      of_weights = multiply(own_values, gradients, zeros(form.queries))
+      of_weights += down_columns(start_tiles)
     of_scores = (weights * of_weights).astype(dtype)
     # Last: were they made float32 again, they would not be rounded in pairs.
     weights = weights.astype(dtype)
@@ -174,6 +189,19 @@ def _gradient_kernel(
       plgpu.wgmma(totals[1], weights, gradients)
 
     return pl.run_state(add)(tuple(map(plgpu.ACC.init, totals)))
+
+  def of_step(step, totals):
+    """Adds what all of a step's queries give."""
+    totals = of_own(step, 0, totals)
+    for part in range(1, ROWS // form.queries):
+      add_part = functools.partial(of_own, step, part)
+      before = part * form.queries
+      if 0 < num_queries % ROWS <= before:
+        some = step * ROWS + before < num_queries
+        totals = lax.cond(some, add_part, lambda x: x, totals)
+      else:
+        totals = add_part(totals)
+    return totals
 
   def of_queries(step):
     """Makes gradients of a step's queries of what all warpgroups found."""
@@ -199,21 +227,23 @@ def _gradient_kernel(
 
   def take_step(step, totals):
     place = slot(step, _PLACES)
+
+    def without_keys(totals):
+      own_scores = score_tiles.at[place, warpgroup]
+      own_scores[...] = zeros(ROWS).astype(own_scores.dtype)
+      return totals
+
     plgpu.barrier_wait(ready.at[slot(step, _STAGES)])
 
     @pl.when(step >= _PLACES)
     def _():
       plgpu.barrier_wait(scores_read.at[place])
 
-    totals = of_own(step, 0, totals)
-    for part in range(1, ROWS // form.queries):
-      add_part = functools.partial(of_own, step, part)
-      before = part * form.queries
-      if 0 < num_queries % ROWS <= before:
-        some = step * ROWS + before < num_queries
-        totals = lax.cond(some, add_part, lambda x: x, totals)
-      else:
-        totals = add_part(totals)
+    if pl.cdiv(num_keys, ROWS) % form.computing == 0:
+      totals = of_step(step, totals)
+    else:  # Of the last block some warpgroups have no keys.
+      with_keys = functools.partial(of_step, step)
+      totals = lax.cond(own < keys, with_keys, without_keys, totals)
     plgpu.commit_smem()
     plgpu.barrier_arrive(scores_ready.at[place])
     return totals
@@ -225,7 +255,8 @@ def _gradient_kernel(
         source.at[batch, own_rows, head], own_tile, own_ready
       )
     plgpu.barrier_wait(own_ready)
-    totals = lax.fori_loop(0, steps, take_step, (zeros, zeros))
+    totals = zeros(channels), zeros(channels)
+    totals = lax.fori_loop(0, steps, take_step, totals)
     # Others may still read the own keys, but not the values.
     send(totals[1], own_values, of_value.at[batch, own_rows, head])
     send(totals[0] * scale, own_result, of_key.at[batch, own_rows, head])
@@ -246,7 +277,7 @@ def _gradient_kernel(
     if of_query.shape[0] == 1:
       # Nobody adds this to others', who would know what was not written.
       plgpu.wait_smem_to_gmem(0)
-      own_result[...] = zeros.astype(own_result.dtype)
+      own_result[...] = zeros(channels).astype(own_result.dtype)
       plgpu.commit_smem()
 
       @pl.loop(steps, pl.cdiv(num_queries, ROWS))
@@ -258,14 +289,17 @@ def _gradient_kernel(
   plgpu.wait_smem_to_gmem(0)
 
 
-def _dots(output: jax.Array, gradient: jax.Array) -> jax.Array:
-  """Returns each query's scalar product of both, (B, heads, whole tiles)."""
+def _starts(output: jax.Array, gradient: jax.Array) -> jax.Array:
+  """Returns what gradients of a query's weights start from.
+
+  The negative scalar product of both, (B, heads, whole tiles).
+  """
   # Padded before they are summed, XLA does both in one kernel.
   padding = ((0, 0), (0, -output.shape[1] % ROWS), (0, 0), (0, 0))
   output, gradient = (
     jnp.pad(x.astype(jnp.float32), padding) for x in (output, gradient)
   )
-  return (output * gradient).sum(axis=3).swapaxes(1, 2)
+  return -(output * gradient).sum(axis=3).swapaxes(1, 2)
 
 
 def _add_tiles(
@@ -350,7 +384,7 @@ def hopper_attention_gradient(
       "query_tiles": flying,
       "gradient_tiles": flying,
       "log_sum_tiles": statistics,
-      "dot_tiles": statistics,
+      "start_tiles": statistics,
       "score_tiles": tiles((_PLACES, computing, ROWS, ROWS)),
       "result_tiles": tiles((computing + 1, ROWS, channels)),
       "own_ready": barriers(1, 2 * computing),
@@ -370,7 +404,7 @@ def hopper_attention_gradient(
     key,
     value,
     log_sum,
-    _dots(output, gradient),
+    _starts(output, gradient),
     gradient,
   )
   of_query = _add_tiles(of_query, form.keys, query_length, key_length)
