@@ -45,7 +45,7 @@ CASES = {
 PEAKS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12}
 
 # Fields of a config's `rollout` that flags change.
-_ROLLOUT = ("precision", "remat", "sizes", "unroll")
+_ROLLOUT = ("precision", "remat", "sizes", "unroll", "fusion_divisor")
 _WARMUP = 2
 
 
@@ -87,6 +87,12 @@ def add_step_flags(parser: argparse.ArgumentParser) -> None:
   add("--remat", help="default: the stage's")
   add("--sizes", type=int, help="default: the stage's")
   add("--unroll", type=int, help="default: the stage's")
+  add(
+    "--fusion_divisor",
+    type=float,
+    help="default: the stage's; with 1e6 nothing is fused: no arithmetic is "
+    "passed over",
+  )
   add("--cuda_graphs", help="default: the stage's")
   add("--unroll_layers", help="default: the stage's")
   add(
@@ -154,6 +160,7 @@ def measure(experiment: Experiment, flags: argparse.Namespace) -> dict:
 
   device = jax.devices()[0]
   rate = flops / seconds / mesh.size
+  rate_in_flight = flops / in_flight / mesh.size
   peak = PEAKS.get(device.device_kind)
   memory = device.memory_stats() or {}
   return {
@@ -173,6 +180,7 @@ def measure(experiment: Experiment, flags: argparse.Namespace) -> dict:
     "tflop_per_step": round(flops / 1e12, 2),
     "tflop_per_s_and_device": round(rate / 1e12, 1),
     "mfu": peak and round(rate / peak, 3),
+    "mfu_not_waited_for": peak and round(rate_in_flight / peak, 3),
     "peak_gib": round(memory.get("peak_bytes_in_use", 0) / 2**30, 1),
     "compile_s": round(compile_seconds, 1),
     "losses": [losses[0], losses[-1]],
