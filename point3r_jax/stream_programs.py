@@ -94,6 +94,11 @@ _STEP_OPTIONS = {
 # otherwise XLA transposes them every frame.
 _KERNEL_LAYOUT = Layout((3, 0, 1, 2))
 
+# Programs are compiled side by side, but those of all streams traced in order:
+# JAX before 0.12 counts kernels of ours as it lowers them, and the number is
+# part of the persistent cache's key.
+_TRACING = concurrent.futures.ThreadPoolExecutor(1, "trace-ahead")
+
 
 def _warn_of_failure(
   name: int | str | None, program: concurrent.futures.Future
@@ -174,10 +179,6 @@ class StreamPrograms:
       functools.partial(jax.tree.map, jnp.copy), out_shardings=self.split
     )
     self._futures = {}
-    # Programs are compiled side by side, but traced in order: JAX before 0.12
-    # counts kernels of ours as it lowers them, and the number is part of the
-    # persistent cache's key.
-    self._tracing = concurrent.futures.ThreadPoolExecutor(1, "trace-ahead")
     self._compiling = concurrent.futures.ThreadPoolExecutor(2, "compile-ahead")
 
   def put(self, params: dict) -> StreamParams:
@@ -378,7 +379,7 @@ class StreamPrograms:
     failed = future and future.done() and future.exception()
     # What failed may have been out of memory.
     if future is None or (failed and not ahead):
-      traced = self._tracing.submit(trace)
+      traced = _TRACING.submit(trace)
       future = self._compiling.submit(compile_traced, traced)
       self._futures[key] = future
       if ahead:

@@ -16,16 +16,18 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from point3r_jax.config import ModelConfig
-from point3r_jax.memory import BLOCK, PointerMemory, check_mask, fuse, reset
+from point3r_jax.memory import PointerMemory, check_mask, fuse, reset
 from point3r_jax.models.attention import IMPLEMENTATIONS
 from point3r_jax.models.compute import REMAT, Compute
 from point3r_jax.models.point3r import HEADS, Context, FrameOutput, Point3R
 from point3r_jax.params import check_params, check_rounding
 from point3r_jax.precision import Precision, get_precision
 
-# Sixths of a memory's rows, if there are at least so many, on which decoders
-# may run instead of all.
-_ROW_SIXTHS = (4, 5)
+# Shares of a memory's rows, if there are at least so many, on which decoders
+# may run instead of all; in blocks that divide evenly among a Hopper GPU's
+# multiprocessors, when 16 heads attend, 64 rows a warpgroup.
+_ROW_SHARES = (0.7, 0.85)
+_ROW_BLOCK = 512
 _MANY_ROWS = 1024
 # Floats beyond are no images: resampling may leave [-1, 1], but not so far.
 _BRIGHTEST = 2.0
@@ -217,8 +219,9 @@ def row_choices(capacity: int) -> tuple[int, ...]:
   """
   if capacity < _MANY_ROWS:
     return (capacity,)
-  fewer = (sixths * capacity // 6 for sixths in _ROW_SIXTHS)
-  return (*(rows - rows % BLOCK for rows in fewer), capacity)
+  blocks = {round(share * capacity / _ROW_BLOCK) for share in _ROW_SHARES}
+  fewer = (_ROW_BLOCK * number for number in sorted(blocks))
+  return (*(rows for rows in fewer if rows < capacity), capacity)
 
 
 def interact_fn(

@@ -125,11 +125,14 @@ def test_rows_that_are_not_read_hold_nothing(own_programs, monkeypatch):
 
 def test_choices_of_rows_are_blocks_of_large_memories():
   assert streaming.row_choices(1023) == (1023,)
-  assert streaming.row_choices(3840) == (2560, 3200, 3840)
+  assert streaming.row_choices(1024) == (512, 1024)
+  assert streaming.row_choices(2752) == (2048, 2560, 2752)
+  assert streaming.row_choices(3840) == (2560, 3072, 3840)
   for capacity in range(1024, 9000, 8):
-    few, more, all_rows = streaming.row_choices(capacity)
-    assert 0 < few < more < all_rows == capacity
-    assert few % 128 == more % 128 == 0
+    *fewer, all_rows = streaming.row_choices(capacity)
+    assert all_rows == capacity and 1 <= len(fewer) <= 2
+    assert list(fewer) == sorted(set(fewer))
+    assert all(0 < rows < capacity and rows % 512 == 0 for rows in fewer)
 
 
 @pytest.mark.slow
@@ -155,7 +158,8 @@ def test_decoders_run_on_as_few_rows_as_hold_all_pointers(
 
   expected = run()
   monkeypatch.setattr(streaming, "_MANY_ROWS", 1)
-  monkeypatch.setattr(streaming, "BLOCK", 1)
+  monkeypatch.setattr(streaming, "_ROW_BLOCK", 1)
+  monkeypatch.setattr(streaming, "_ROW_SHARES", (2 / 3, 5 / 6))
   rows, decode = [], Point3R.decode
 
   def spy(self, begun, context):

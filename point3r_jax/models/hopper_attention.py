@@ -3,8 +3,8 @@
 Some warpgroups work on queries, one more fetches keys and values for them: what
 FlashAttention-3 (arXiv 2407.08608) and `pallas.ops.gpu.attention_mgpu` of JAX
 do, in its simplest form. Unlike cuDNN's kernel this one passes over queries,
-too, that are beyond a length, and needs no memory cleared before. In training
-it also fetches what a block computes next.
+too, that are beyond a length, and needs no memory cleared before. In training,
+and of many streams or frames, it also fetches what a block computes next.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ from point3r_jax.models.hopper import (
 # flight.
 ROWS = 64
 _STAGES = 2
+# Blocks stay for one task after the other if each has at least so many.
+_TASKS_THAT_STAY = 3
 # What registers hold of a head in the backward pass: the sums of a warpgroup's
-# keys and values.
+# keys and values. Of so many shared memory holds two tasks' queries, too.
 MOST_CHANNELS_BACKWARD = 64
 
 # A form of this kernel or of that of the gradients.
@@ -333,8 +335,13 @@ def hopper_attention(
   computing = form.computing
   tasks = batch * heads * form.tasks(num_queries)
   # With a backward pass to come, kernels follow one another. Beside others, as
-  # in streams, a block that waits for a multiprocessor is to have but one task.
-  blocks = min(tasks, multiprocessors()) if keep_log_sum else tasks
+  # in streams, a block may wait for a multiprocessor, and its tasks with it:
+  # that is only for the many tasks of several streams or frames. Of wide heads
+  # shared memory holds but one task's queries.
+  narrow = channels <= MOST_CHANNELS_BACKWARD
+  many = tasks >= _TASKS_THAT_STAY * multiprocessors()
+  stay = keep_log_sum or (narrow and many)
+  blocks = min(tasks, multiprocessors()) if stay else tasks
   places = 1 if blocks == tasks else 2
   result = jax.ShapeDtypeStruct(query.shape, dtype)
   scratch = {

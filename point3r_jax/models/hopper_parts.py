@@ -42,7 +42,7 @@ def suit_parts(shape: tuple[int, ...], columns: int, parts: int) -> bool:
   return _JOINS_COLUMNS and whole and suits(shape, columns)
 
 
-def _rotates(table: RotaryTable) -> bool:
+def rotates(table: RotaryTable) -> bool:
   """Says whether the kernel can rotate by a table.
 
   Its groups are alike, and half of a tile has whole ones.
@@ -167,7 +167,7 @@ def product_parts(
   """
   _, depth, columns = kernel.shape
   rows = x.reshape(-1, depth)
-  here = [number for number, table in enumerate(tables) if _rotates(table)]
+  here = [number for number, table in enumerate(tables) if rotates(table)]
   angles = [
     angle for number in here for angle in _angles(tables[number], len(x))
   ]

@@ -76,8 +76,7 @@ def attending(
   """Computes what attends of x (B, N, D), by linear maps in one product.
 
   Args:
-    compute: precision, and whether a backward pass is to come: if not, values
-      stay.
+    compute: precision, and whether a backward pass is to come.
     x: what they read.
     parts: which there are, of D channels each.
     name: of the product's parameters.
@@ -91,10 +90,10 @@ def attending(
     sums=compute.inner_sums,
     name=name,
   )
-  values_stay = compute.forward_only
-  finish = functools.partial(take_apart, parts=parts, values_stay=values_stay)
-  multiply = Factors if compute.trains_in_16_bits else jnp.matmul
-  return linear(x, finish, multiply)
+  finish = functools.partial(
+    take_apart, parts=parts, forward_only=compute.forward_only
+  )
+  return linear(x, finish, Factors)
 
 
 def _projection(compute: Compute, width: int, result: jnp.dtype) -> Linear:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import flax.struct
@@ -15,6 +16,9 @@ from point3r_jax.models.partition import divide_batch
 from point3r_jax.models.rotary import RotaryTable, apply_rotary
 from point3r_jax.models.rotary_kernels import join_gradients
 from point3r_jax.models.row_kernels import suit_rows
+
+# So many fill a Hopper GPU with the tiles of a product.
+_MANY_ROWS = 1024
 
 
 @flax.struct.dataclass
@@ -39,7 +43,7 @@ def take_apart(
   dtype: jnp.dtype,
   *,
   parts: Sequence[Part],
-  values_stay: bool = False,
+  forward_only: bool = False,
 ) -> list[jax.Array]:
   """Finishes a product of P parts, see `linear.Finish`.
 
@@ -52,8 +56,8 @@ def take_apart(
     bias: (P·D,) of y's type, to be added.
     dtype: to which the sum is rounded.
     parts: what they are.
-    values_stay: whether values are left where they are, for attention without a
-      backward pass.
+    forward_only: whether no backward pass is to come: then values may stay
+      where they are.
 
   Returns:
     Each part (B, N, heads, d), rotated. Values that stay are all of the product
@@ -61,13 +65,13 @@ def take_apart(
   """
   parts = tuple(parts)
   if isinstance(y, Factors):
-    if not values_stay and _suit_product(y, dtype, len(parts)):
-      forms, tables = _number_tables(parts)
+    forms, tables = _number_tables(parts)
+    if _suit_product(y, dtype, len(parts), tables, forward_only):
       return _multiply_apart(forms, y.x, y.kernel, bias, tables)
     y = y.multiply()
-  if not values_stay and y.dtype == dtype and suit_rows(y.shape, dtype):
+  if not forward_only and y.dtype == dtype and suit_rows(y.shape, dtype):
     return _take_apart(y, bias, parts)
-  return _rotated_parts(add_bias(y, bias).astype(dtype), parts, values_stay)
+  return _rotated_parts(add_bias(y, bias).astype(dtype), parts, forward_only)
 
 
 def _rotated_parts(
@@ -110,16 +114,29 @@ def _join(
 _take_apart.defvjp(_take_apart_forward, _take_apart_backward)
 
 
-def _suit_product(y: Factors, dtype: jnp.dtype, parts: int) -> bool:
-  """Says whether there is a kernel for a product of so many parts."""
+def _suit_product(
+  y: Factors,
+  dtype: jnp.dtype,
+  parts: int,
+  tables: Sequence[RotaryTable],
+  forward_only: bool,
+) -> bool:
+  """Says whether the kernel is for a product of so many parts.
+
+  Without a backward pass to come it is for many rows of which it rotates some:
+  otherwise XLA's kernel for what is to be rotated is as fast.
+  """
   types = y.x.dtype, y.kernel.dtype, y.preferred_element_type, dtype
   if not all(x == jnp.bfloat16 for x in types):
     return False
   if compute_capability() != HOPPER or not suit_rows(y.shape, dtype):
     return False
-  from point3r_jax.models.hopper_parts import suit_parts
+  from point3r_jax.models.hopper_parts import rotates, suit_parts
 
-  return suit_parts(y.x.shape, y.kernel.shape[1], parts)
+  if not suit_parts(y.x.shape, y.kernel.shape[1], parts):
+    return False
+  many = math.prod(y.shape[:-1]) >= _MANY_ROWS
+  return not forward_only or (many and any(map(rotates, tables)))
 
 
 def _number_tables(
@@ -139,19 +156,15 @@ def _number_tables(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _multiply_apart(forms, x, kernel, bias, tables):
-  parts = tuple(
-    Part(heads, None if number is None else tables[number])
-    for heads, number in forms
-  )
-  return _take_apart(x @ kernel, bias, parts)
-
-
-def _multiply_apart_forward(forms, x, kernel, bias, tables):
   from point3r_jax.models.hopper_parts import product_parts
 
   # A leading axis for `divide_batch`, as all devices have all of a matrix.
   multiply = divide_batch(functools.partial(product_parts, forms=forms))
-  taken = multiply(x, kernel[None], bias[None], tables)
+  return multiply(x, kernel[None], bias[None], tables)
+
+
+def _multiply_apart_forward(forms, x, kernel, bias, tables):
+  taken = _multiply_apart(forms, x, kernel, bias, tables)
   return taken, (x, kernel, tables)
 
 

@@ -199,12 +199,18 @@ def test_hopper_blocks_that_take_the_least_time(
 
 
 @pytest.mark.parametrize(
-  ("batch", "training", "blocks"),
-  [(16, False, 256), (16, True, 132), (2, True, 64)],
+  ("batch", "channels", "training", "blocks"),
+  [
+    (16, 64, False, 256),
+    (25, 64, False, 132),
+    (25, 80, False, 800),  # Wide heads.
+    (16, 64, True, 132),
+    (2, 64, True, 64),
+  ],
 )
-def test_hopper_blocks_stay_in_training(batch, training, blocks):
-  """There each takes several tasks, if there are more than multiprocessors."""
-  operand = jax.ShapeDtypeStruct((batch, 200, 16, 64), jnp.bfloat16)
+def test_hopper_blocks_stay_for_many_tasks(batch, channels, training, blocks):
+  """In training if there are more than multiprocessors, else thrice as many."""
+  operand = jax.ShapeDtypeStruct((batch, 200, 16, channels), jnp.bfloat16)
   length = jax.ShapeDtypeStruct((batch,), jnp.int32)
   kernel = functools.partial(
     hopper_attention.hopper_attention, keep_log_sum=training
@@ -238,13 +244,13 @@ def test_hopper_blocks_have_limits_that_are_said():
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("form", hopper_attention._FORMS)
 def test_shared_memory_holds_a_hopper_block(monkeypatch, form, training):
-  """With the widest heads, and in training what the next task needs, too."""
+  """With the widest heads, and where blocks stay the next task's queries."""
   monkeypatch.setattr(hopper_attention, "_FORMS", (form,))
   monkeypatch.setattr(hopper_attention, "multiprocessors", lambda: 1)
   channels = form.channels
   if training:
     channels = min(channels, hopper_attention.MOST_CHANNELS_BACKWARD)
-  operand = jax.ShapeDtypeStruct((1, 8, 2, channels), jnp.bfloat16)
+  operand = jax.ShapeDtypeStruct((1, 8, 3, channels), jnp.bfloat16)
   length = jax.ShapeDtypeStruct((1,), jnp.int32)
   kernel = functools.partial(
     hopper_attention.hopper_attention.__wrapped__, keep_log_sum=training

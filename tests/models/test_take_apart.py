@@ -136,7 +136,7 @@ def test_values_can_stay_where_they_are():
   y = draw(0, (batch, 4 * height, 3 * width))
   bias = draw(1, (3 * width,))
   query, key, value = take_apart(
-    y, bias, y.dtype, parts=parts, values_stay=True
+    y, bias, y.dtype, parts=parts, forward_only=True
   )
   whole = (y + bias).reshape(*y.shape[:2], 6, width // 2)
   for number, part in enumerate((query, key)):
@@ -244,6 +244,25 @@ def test_blocks_take_products_apart_in_training(within, remat, taken):
   params = block.init(jax.random.key(0), x)
   jax.grad(lambda x: block.apply(params, x).sum().astype(jnp.float32))(x)
   assert set(within) == ({x.shape} if taken else set())
+
+
+@pytest.mark.parametrize(
+  ("name", "rows", "taken"),
+  [("image", 32, True), ("image", 33, False), ("query", 1, False)],
+)
+def test_without_a_backward_pass_many_rows_are_taken_apart_if_any_rotate(
+  monkeypatch, within, name, rows, taken
+):
+  """Heads of 64 channels do not in space: an axis has 21 or 22."""
+  monkeypatch.setattr(parts_module, "_MANY_ROWS", rows)
+  batch, height, width, parts = PRODUCTS[name]
+  x = draw(0, (batch, 4 * height, 64))
+  y = Factors(x, draw(1, (64, len(parts) * width)) / 8, x.dtype)
+  bias = draw(2, (len(parts) * width,))
+  expected = take_apart(y.multiply(), bias, x.dtype, parts=parts)
+  found = take_apart(y, bias, x.dtype, parts=parts, forward_only=True)
+  assert within == taken * [x.shape]
+  assert_near([part[:, :, -parts[0].heads :] for part in found], expected)
 
 
 def test_jax_has_to_join_columns_in_registers(monkeypatch, within):
