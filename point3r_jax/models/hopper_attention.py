@@ -52,7 +52,7 @@ class _Form(NamedTuple):
   Attributes:
     computing: warpgroups that compute. More share what is fetched; fewer leave
       less undone where tasks are few.
-    keys: of a step.
+    keys: of a step, at most.
     channels: the most a head may have, for what registers and shared memory
       hold.
     registers: of a thread that computes, and of one that fetches; not more than
@@ -70,6 +70,18 @@ class _Form(NamedTuple):
   def tasks(self, queries: int) -> int:
     """Returns how many tasks so many queries of a head make."""
     return -(-queries // (self.computing * ROWS))
+
+  def divide(self, keys: int, channels: int) -> _Form:
+    """Returns a form whose steps have so many keys among them, evenly.
+
+    Args:
+      keys: of a head.
+      channels: of a head. Matrix units take as many keys at a time as a row of
+        a tile has channels.
+    """
+    steps = -(-keys // self.keys)
+    block = plgpu.find_swizzle(16 * channels) // 2
+    return self._replace(keys=block * -(-keys // (steps * block)))
 
 
 _FORMS = (
@@ -332,6 +344,7 @@ def hopper_attention(
   if keep_log_sum:
     check_backward(channels)
   form = _choose(batch * heads, num_queries, channels)
+  form = form.divide(key.shape[1], channels)
   computing = form.computing
   tasks = batch * heads * form.tasks(num_queries)
   # With a backward pass to come, kernels follow one another. Beside others, as

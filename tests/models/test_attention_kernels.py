@@ -199,6 +199,24 @@ def test_hopper_blocks_that_take_the_least_time(
 
 
 @pytest.mark.parametrize(
+  ("keys", "channels", "of_a_step"),
+  [
+    (776, 48, (112, 112, 64, 64)),  # Seven steps, 13 steps.
+    (776, 64, (128, 128, 64, 64)),
+    (2560, 48, (128, 128, 64, 64)),
+    (8, 16, (16, 16, 16, 16)),
+  ],
+)
+def test_hopper_steps_have_equal_shares_of_the_keys(keys, channels, of_a_step):
+  forms = hopper_attention._FORMS
+  found = [form.divide(keys, channels) for form in forms]
+  assert tuple(form.keys for form in found) == of_a_step
+  for form, divided in zip(forms, found, strict=True):
+    assert divided.keys <= form.keys
+    assert -(-keys // divided.keys) == -(-keys // form.keys)
+
+
+@pytest.mark.parametrize(
   ("batch", "channels", "training", "blocks"),
   [
     (16, 64, False, 256),
@@ -250,7 +268,7 @@ def test_shared_memory_holds_a_hopper_block(monkeypatch, form, training):
   channels = form.channels
   if training:
     channels = min(channels, hopper_attention.MOST_CHANNELS_BACKWARD)
-  operand = jax.ShapeDtypeStruct((1, 8, 3, channels), jnp.bfloat16)
+  operand = jax.ShapeDtypeStruct((1, 128, 3, channels), jnp.bfloat16)
   length = jax.ShapeDtypeStruct((1,), jnp.int32)
   kernel = functools.partial(
     hopper_attention.hopper_attention.__wrapped__, keep_log_sum=training
