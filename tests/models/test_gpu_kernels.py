@@ -139,7 +139,7 @@ def test_hopper_attention_passes_over_queries_in_training():
 @pytest.mark.parametrize("tokens", [1, 70, 192, 1280, 3072])
 @pytest.mark.parametrize("head_dim", [16, 48, 64])
 def test_hopper_attention_takes_lengths_of_both(tokens, head_dim):
-  """Few and many queries: blocks of two, three and five warpgroups."""
+  """Few and many queries: blocks of two, three and five, and such that stay."""
   shape = (2, tokens, 16, head_dim)
   query, key, value = (
     jax.random.normal(x, shape, jnp.bfloat16)
