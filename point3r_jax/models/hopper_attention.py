@@ -180,8 +180,7 @@ def _attention_kernel(
     rest, head = divide(block + number * blocks, heads)
     batch, part = divide(rest, tasks_of_head)
     first = part * (computing * ROWS)
-    # Tasks beyond the queries' length see no keys. Of others warpgroups may be
-    # beyond it.
+    # Tasks beyond the queries' length see no keys, and zeros come out.
     keys = jnp.where(first < query_length[batch], key_length[batch], 0)
     return batch, head, first, keys, divide_up(keys, form.keys)
 
@@ -230,18 +229,6 @@ def _attention_kernel(
       plgpu.barrier_arrive(value_read.at[here])
       return total, new_peak, norm
 
-    def rest(carry):
-      """Passes over all steps; zeros come out."""
-
-      @pl.loop(0, steps)
-      def _(step):
-        here = slot(before + step, _STAGES)
-        for ready, read in ((key_ready, key_read), (value_ready, value_read)):
-          plgpu.barrier_wait(ready.at[here])
-          plgpu.barrier_arrive(read.at[here])
-
-      return carry
-
     def fill(shape, value, layout):
       return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
@@ -251,12 +238,7 @@ def _attention_kernel(
       fill((ROWS,), 0.0, _ROW),
     )
     plgpu.barrier_wait(query_ready.at[place])
-    total, peak, norm = lax.cond(
-      first + warpgroup * ROWS < query_length[batch],
-      lambda carry: lax.fori_loop(0, steps, attend, carry),
-      rest,
-      carry,
-    )
+    total, peak, norm = lax.fori_loop(0, steps, attend, carry)
     factor = 1 / (norm + float(jnp.finfo(jnp.float32).tiny))
     total *= lax.broadcast_in_dim(factor, total.shape, [0])
 
