@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -245,20 +244,20 @@ def _combine(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
   return total.astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _double(x: jax.Array, kernels: bool) -> jax.Array:
+@jax.custom_vjp
+def _double(x: jax.Array) -> jax.Array:
   """Doubles a map (B, h, w, K) to (B, 2h, 2w, K)."""
-  if kernels and suit_rows(x.shape, x.dtype, MAP_CHANNELS):
+  if suit_rows(x.shape, x.dtype, MAP_CHANNELS):
     return divide_batch(double_map)(x)
   return _combine(x, *map(_doubling, x.shape[1:3]))
 
 
-def _double_forward(x, kernels):
-  return _double(x, kernels), None
+def _double_forward(x):
+  return _double(x), None
 
 
-def _double_backward(kernels, _, gradient):
-  if kernels and suit_rows(gradient.shape, gradient.dtype, MAP_CHANNELS):
+def _double_backward(_, gradient):
+  if suit_rows(gradient.shape, gradient.dtype, MAP_CHANNELS):
     return (divide_batch(halve_map)(gradient),)
   # JAX would make a scattering of the gathering.
   rows, columns = (_doubling(side // 2).T for side in gradient.shape[1:3])
@@ -268,9 +267,7 @@ def _double_backward(kernels, _, gradient):
 _double.defvjp(_double_forward, _double_backward)
 
 
-def upsample(
-  x: jax.Array, keep: tuple[int, int] | None = None, kernels: bool = False
-) -> jax.Array:
+def upsample(x: jax.Array, keep: tuple[int, int] | None = None) -> jax.Array:
   """Doubles a map (B, h, w, K) bilinearly with corners aligned.
 
   There is no forward-mode derivative.
@@ -278,12 +275,11 @@ def upsample(
   Args:
     x: (B, h, w, K).
     keep: rows and columns to return, the first of the doubled map; None: all.
-    kernels: whether GPUs that have them (`suit_rows`) run kernels of ours.
 
   Returns:
     (B, 2h, 2w, K), or (B, *keep, K).
   """
-  y = _double(x, kernels)
+  y = _double(x)
   return y if keep is None else y[:, : keep[0], : keep[1]]
 
 
@@ -301,15 +297,9 @@ class ResidualConv(nn.Module):
 
 
 class Refine(nn.Module):
-  """One step of the fusion path, from a coarse map to the next finer one.
-
-  Attributes:
-    dtype: type of operands and results.
-    kernels: see `upsample`.
-  """
+  """One step of the fusion path, from a coarse map to the next finer one."""
 
   dtype: jnp.dtype
-  kernels: bool
 
   @nn.compact
   def __call__(
@@ -336,7 +326,7 @@ class Refine(nn.Module):
     x = ResidualConv(self.dtype, name="unit")(x)
     # A pointwise linear map and an interpolation commute: the cheaper order.
     x = Linear(x.shape[-1], self.dtype, name="output")(x)
-    return upsample(x, keep, self.kernels)
+    return upsample(x, keep)
 
 
 class DenseHead(nn.Module):
@@ -374,11 +364,10 @@ class DenseHead(nn.Module):
         Conv(config.dpt_features, dtype, use_bias=False, name=f"layer_{k}")(x)
       )
     # The coarsest map has ⌈h/2⌉ rows: doubled it may be one row too large.
-    kernels = self.compute.trains_in_16_bits
-    x = Refine(dtype, kernels, name="refine_3")(layers[3], None, keep=grid)
+    x = Refine(dtype, name="refine_3")(layers[3], None, keep=grid)
     for k in (2, 1, 0):
-      x = Refine(dtype, kernels, name=f"refine_{k}")(x, layers[k])
+      x = Refine(dtype, name=f"refine_{k}")(x, layers[k])
     x = Conv(config.dpt_features // 2, dtype, name="head_0")(x)
-    x = upsample(x, kernels=kernels)
+    x = upsample(x)
     last = Conv(config.dpt_head_width, dtype, name="head_1")
     return Readout(4, name="head_2")(*last(x, leave_apart))

@@ -13,8 +13,6 @@ from tests.models.arrays import assert_close, draw
 
 KERNELS = "double_map", "halve_map", "read_out_gradient"
 
-upsample = functools.partial(dpt.upsample, kernels=True)
-
 
 @pytest.fixture
 def shapes(monkeypatch):
@@ -52,7 +50,7 @@ def test_maps_are_doubled(request, shape):
   gradient = draw(1, doubled, jnp.float32)
 
   def run():
-    result, pullback = jax.vjp(upsample, x)
+    result, pullback = jax.vjp(dpt.upsample, x)
     return result, pullback(gradient)
 
   expected = compiled(run)
@@ -66,17 +64,12 @@ def test_maps_of_16_bits_are_doubled_in_float32(request):
   gradient = draw(1, (1, 8, 12, 128))
 
   def run():
-    result, pullback = jax.vjp(upsample, x)
+    result, pullback = jax.vjp(dpt.upsample, x)
     return result, pullback(gradient)
 
   expected = compiled(run)
   request.getfixturevalue("shapes")
   assert_close(compiled(run), expected, atol=1e-2)
-
-
-def test_maps_are_doubled_without_kernels_unless_asked_for(shapes):
-  dpt.upsample(draw(0, (1, 8, 8, 128)))
-  assert not shapes
 
 
 def test_weights_of_pixels_sum_to_one():
@@ -122,7 +115,7 @@ def test_devices_of_a_mesh_share_the_maps(shapes):
   @jax.jit
   def gradients(x, bias, kernel):
     def total(x, bias):
-      return jnp.sum(dpt._read_out(upsample(x), bias, kernel) ** 2)
+      return jnp.sum(dpt._read_out(dpt.upsample(x), bias, kernel) ** 2)
 
     return jax.grad(total, argnums=(0, 1))(x, bias)
 
