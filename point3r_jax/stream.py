@@ -119,6 +119,9 @@ class Stream:
   other but take their frames at the same time; each may start anew at any of
   them. They share one capacity, the largest that one of them needs.
 
+  Run all streams of a process by one thread. Two of six times XLA crashed on a
+  GPU where three threads ran one each.
+
   Attributes:
     config: the model's sizes.
     options: the step's options.
