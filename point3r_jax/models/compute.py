@@ -112,7 +112,8 @@ class Compute:
 
     These have the policy's type. Without a backward pass to come the others do
     not, since rounding the decoder's stream of images doubles what 16 bits do
-    to rotations. The published training rounds all.
+    to rotations. The published training rounds all. Linear maps between the
+    model's parts give the same: so their gradients are products of 16 bits.
     """
     return jnp.float32 if self.forward_only else self.dtype
 

@@ -77,11 +77,12 @@ class BegunFrame:
   """A frame before the decoders: what does not depend on pointers in memory.
 
   Attributes:
-    image: (B, N+padding, D) float32, the image stream but for its pose query.
+    image: (B, N+padding, D), the image stream but for its pose query, of
+      `Compute.wide_residual` as all that has no other type.
     image_length: (B,) int32, its valid prefix 1+N, or None without padding.
-    own: (B, N, D) float32, the pointers of a first frame.
+    own: (B, N, D), the pointers of a first frame.
     count: (B,) int32, the valid prefix of the pointers that decoders see.
-    summary: (B, n, D) float32, see `PoseMemory.summarise`.
+    summary: (B, n, D), see `PoseMemory.summarise`.
     pose_slots: (B, S, 2D) float32.
   """
 
@@ -122,7 +123,8 @@ class Point3R(nn.Module):
     }
     self.encoder = VisionTransformer(depth=config.encoder_depth, **encoder)
     self.value_encoder = VisionTransformer(depth=config.value_depth, **encoder)
-    linear = functools.partial(Linear, dtype=compute.dtype, result=jnp.float32)
+    wide = compute.wide_residual
+    linear = functools.partial(Linear, dtype=compute.dtype, result=wide)
     self.image_projection = linear(config.decoder_width)
     self.pointer_projection = linear(config.decoder_width)
     self.decoder = InterleavedDecoder(config, compute)
@@ -135,7 +137,7 @@ class Point3R(nn.Module):
       config.encoder_width + config.decoder_width,
       config.encoder_width,
       compute.dtype,
-      result=jnp.float32,
+      result=wide,
       exact=compute.exact_gelu,
       sums=compute.inner_sums,
     )
@@ -313,7 +315,7 @@ class Point3R(nn.Module):
     value = self.value_projection(self.value_encoder(points_world))
     # In this order: the key, which is there sooner, is added within the product
     # that gives the value.
-    feature = self.pointer_projection(value + key)
+    feature = self.pointer_projection(value + key).astype(jnp.float32)
     batch, patch = tokens.shape[0], self.config.patch_size
     patches = points_world.reshape(batch, grid[0], patch, grid[1], patch, 3)
     position = patches.mean(axis=(2, 4)).reshape(batch, -1, 3)

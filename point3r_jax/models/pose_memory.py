@@ -29,7 +29,9 @@ class PoseMemory(nn.Module):
       self, "slots", (self.config.pose_slots, 2 * width)
     )
     self.masked_token = parameter(self, "masked_token", (width,))
-    self.projection = Linear(width, self.compute.dtype, result=jnp.float32)
+    self.projection = Linear(
+      width, self.compute.dtype, result=self.compute.wide_residual
+    )
     sizes = (self.config.decoder_heads, self.config.mlp_ratio, self.compute)
     block = self.compute.remat_block(DecoderBlock)
     self.read_blocks = [block(*sizes, alike=True) for _ in range(_DEPTH)]
@@ -42,7 +44,7 @@ class PoseMemory(nn.Module):
       tokens: (B, h, w, E), the frame's encoder tokens.
 
     Returns:
-      (B, n, D) float32, n like rows: see `Compute.fill_block`.
+      (B, n, D), n like rows: see `Compute.fill_block`.
     """
     # Row by row first: one sum of all tokens leaves most of a GPU idle.
     mean = tokens.mean(axis=2).mean(axis=1)
