@@ -241,6 +241,10 @@ def test_a_dataset_without_samples_is_named():
     ("unroll_layers=yes", "unroll_layers is 'yes'.*never, gpu, always"),
     ("views=0", "views is 0; it must be 1 or more"),
     ("loader.workers=-1", "loader.workers is -1; it must be 0 or more"),
+    (
+      "checkpoint.every_epochs=nan",
+      "checkpoint.every_epochs is nan; it must be 0 or more",
+    ),
     ("model.rotary_bases=()", "rotary_bases must hold a base"),
   ],
 )

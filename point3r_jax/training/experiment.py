@@ -64,7 +64,7 @@ def _check(config: ConfigDict) -> None:
     value = config
     for key in name.split("."):
       value = value[key]
-    if value < least:
+    if not value >= least:  # Nor NaN.
       raise ConfigError(f"config.{name} is {value}; it must be {least} or more")
   for name, choices in (
     ("cuda_graphs", CUDA_GRAPHS),
