@@ -44,6 +44,11 @@ def multiprocessors() -> int:
   return getattr(jax.devices()[0], "core_count", _MULTIPROCESSORS)
 
 
+def tile_channels(channels: int, bits: int, swizzle: int | None = None) -> int:
+  """Returns how many channels a row of a tile has; see `shared_tiles`."""
+  return 8 * (swizzle or plgpu.find_swizzle(channels * bits)) // bits
+
+
 def shared_tiles(
   shape: tuple[int, ...], dtype: jnp.dtype, swizzle: int | None = None
 ) -> plgpu.SMEM:
@@ -56,11 +61,10 @@ def shared_tiles(
       divide it.
   """
   bits = jnp.finfo(dtype).bits
-  swizzle = swizzle or plgpu.find_swizzle(shape[-1] * bits)
-  tiling = plgpu.TilingTransform((8, 8 * swizzle // bits))
-  return plgpu.SMEM(
-    shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle))
-  )
+  channels = tile_channels(shape[-1], bits, swizzle)
+  tiling = plgpu.TilingTransform((8, channels))
+  swizzling = plgpu.SwizzleTransform(channels * bits // 8)
+  return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzling))
 
 
 def bind(kernel: Callable[..., None], **options) -> Callable[..., None]:

@@ -30,6 +30,7 @@ from point3r_jax.models.hopper import (
   multiprocessors,
   shared_tiles,
   slot,
+  tile_channels,
 )
 
 # Rows of a warpgroup's matrix products, here queries; steps whose keys are in
@@ -71,16 +72,16 @@ class _Form(NamedTuple):
     """Returns how many tasks so many queries of a head make."""
     return -(-queries // (self.computing * ROWS))
 
-  def divide(self, keys: int, channels: int) -> _Form:
-    """Returns a form whose steps have so many keys among them, evenly.
+  def share(self, keys: int, channels: int) -> _Form:
+    """Returns a form whose steps have equal shares of a head's keys.
 
     Args:
       keys: of a head.
-      channels: of a head. Matrix units take as many keys at a time as a row of
-        a tile has channels.
+      channels: of a head, of 16 bits. Matrix units take keys in multiples of
+        what `tile_channels` says.
     """
     steps = -(-keys // self.keys)
-    block = plgpu.find_swizzle(16 * channels) // 2
+    block = tile_channels(channels, 16)
     return self._replace(keys=block * -(-keys // (steps * block)))
 
 
@@ -344,7 +345,7 @@ def hopper_attention(
   if keep_log_sum:
     check_backward(channels)
   form = _choose(batch * heads, num_queries, channels)
-  form = form.divide(key.shape[1], channels)
+  form = form.share(key.shape[1], channels)
   computing = form.computing
   tasks = batch * heads * form.tasks(num_queries)
   # With a backward pass to come, kernels follow one another. Beside others, as

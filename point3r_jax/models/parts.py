@@ -65,8 +65,8 @@ def take_apart(
   """
   parts = tuple(parts)
   if isinstance(y, Factors):
-    forms, tables = _number_tables(parts)
-    if _suit_product(y, dtype, len(parts), tables, forward_only):
+    if _suit_product(y, dtype, parts, forward_only):
+      forms, tables = _number_tables(parts)
       return _multiply_apart(forms, y.x, y.kernel, bias, tables)
     y = y.multiply()
   if not forward_only and y.dtype == dtype and suit_rows(y.shape, dtype):
@@ -115,13 +115,9 @@ _take_apart.defvjp(_take_apart_forward, _take_apart_backward)
 
 
 def _suit_product(
-  y: Factors,
-  dtype: jnp.dtype,
-  parts: int,
-  tables: Sequence[RotaryTable],
-  forward_only: bool,
+  y: Factors, dtype: jnp.dtype, parts: Sequence[Part], forward_only: bool
 ) -> bool:
-  """Says whether the kernel is for a product of so many parts.
+  """Says whether the kernel is for a product of these parts.
 
   Without a backward pass to come it is for many rows of which it rotates some:
   otherwise XLA's kernel for what is to be rotated is as fast.
@@ -133,9 +129,10 @@ def _suit_product(
     return False
   from point3r_jax.models.hopper_parts import rotates, suit_parts
 
-  if not suit_parts(y.x.shape, y.kernel.shape[1], parts):
+  if not suit_parts(y.x.shape, y.kernel.shape[1], len(parts)):
     return False
   many = math.prod(y.shape[:-1]) >= _MANY_ROWS
+  tables = (part.rotary for part in parts if part.rotary is not None)
   return not forward_only or (many and any(map(rotates, tables)))
 
 

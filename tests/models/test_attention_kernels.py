@@ -209,11 +209,11 @@ def test_hopper_blocks_that_take_the_least_time(
 )
 def test_hopper_steps_have_equal_shares_of_the_keys(keys, channels, of_a_step):
   forms = hopper_attention._FORMS
-  found = [form.divide(keys, channels) for form in forms]
+  found = [form.share(keys, channels) for form in forms]
   assert tuple(form.keys for form in found) == of_a_step
-  for form, divided in zip(forms, found, strict=True):
-    assert divided.keys <= form.keys
-    assert -(-keys // divided.keys) == -(-keys // form.keys)
+  for form, shared in zip(forms, found, strict=True):
+    assert shared.keys <= form.keys
+    assert -(-keys // shared.keys) == -(-keys // form.keys)
 
 
 @pytest.mark.parametrize(
